@@ -1,0 +1,1 @@
+"""One portable checkpoint for every engine and world size."""

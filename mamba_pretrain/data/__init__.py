@@ -1,0 +1,1 @@
+"""Packed token shards to batches: order, blend, packing, loading."""

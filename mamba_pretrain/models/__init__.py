@@ -1,0 +1,1 @@
+"""Language models built from mixers: Mamba-1, Mamba-2, attention."""

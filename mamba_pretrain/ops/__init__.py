@@ -1,0 +1,1 @@
+"""Operations: one file each, with its reference and the choice of implementation."""

@@ -1,0 +1,1 @@
+"""Ranks and engines: single, DDP, FSDP2, HSDP and DeepSpeed ZeRO behind one contract."""

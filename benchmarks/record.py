@@ -1,0 +1,59 @@
+"""Writes and finds benchmark records: one JSON a run, with what is needed to read the figures later."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "mamba-ssm", "causal-conv1d", "deepspeed", "transformers", "tokenizers", "sentencepiece", "gigatoken", "numpy")
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def record(name: str, payload: dict[str, Any], device: str | None = None, folder: Path = RESULTS) -> Path:
+    """Writes ``folder/name-DEVICE-DATE.json`` with the payload, the command, versions, device and date; returns its path."""
+    device = device or device_name()
+    now = datetime.datetime.now(datetime.timezone.utc)
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    path = folder / f"{name}-{slug}-{now:%Y%m%dT%H%M}.json"
+    command = " ".join([Path(sys.executable).name, *sys.argv])
+    body = {"name": name, "command": command, "date": now.isoformat(timespec="seconds"), "device": device, "versions": versions(), **payload}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body, indent=1) + "\n")
+    return path
+
+
+def newest(name: str, device_contains: str = "", folder: Path = RESULTS) -> dict[str, Any]:
+    """The newest record of that name (whose device contains the given text); raises FileNotFoundError with the name if there is none."""
+    records = [json.loads(p.read_text()) for p in folder.glob(f"{name}-*.json")]
+    records = [r for r in records if r["name"] == name and device_contains.lower() in r["device"].lower()]
+    if not records:
+        raise FileNotFoundError(f"no record of {name} under {folder}; run benchmarks/{name}.py on the machine to be measured")
+    return max(records, key=lambda r: r["date"])

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "mamba-ssm", "causal-conv1d", "deepspeed", "transformers", "tokenizers", "sentencepiece", "gigatoken", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "mamba-ssm",
+    "causal-conv1d",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "gigatoken",
+    "numpy",
+)
 
 
 def device_name() -> str:
@@ -44,7 +55,14 @@ def record(name: str, payload: dict[str, Any], device: str | None = None, folder
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     path = folder / f"{name}-{slug}-{now:%Y%m%dT%H%M}.json"
     command = " ".join([Path(sys.executable).name, *sys.argv])
-    body = {"name": name, "command": command, "date": now.isoformat(timespec="seconds"), "device": device, "versions": versions(), **payload}
+    body = {
+        "name": name,
+        "command": command,
+        "date": now.isoformat(timespec="seconds"),
+        "device": device,
+        "versions": versions(),
+        **payload,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(body, indent=1) + "\n")
     return path

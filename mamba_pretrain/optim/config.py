@@ -25,9 +25,7 @@ class OptimConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: Literal["adamw", "adamw8bit", "muon"] = Field(
-        "adamw", description="adamw8bit needs torchao; muon treats 2-D projections, AdamW the rest"
-    )
+    name: Literal["adamw", "adamw8bit", "muon"] = Field("adamw", description="adamw8bit needs torchao; muon takes 2-D projections")
     lr: float = Field(1e-3, gt=0.0, description="peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of first and second moment")
     eps: float = Field(1e-8, gt=0.0, description="AdamW's epsilon")
@@ -35,7 +33,7 @@ class OptimConfig(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0.0, description="global gradient norm is clipped to this")
     muon_lr: float = Field(0.02, gt=0.0, description="muon only: peak learning rate of the 2-D projections, same schedule")
     muon_momentum: float = Field(0.95, ge=0.0, lt=1.0, description="muon only: Nesterov momentum")
-    schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig(), description="learning-rate schedule")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="learning-rate schedule")
 
     @model_validator(mode="after")
     def _min_under_peak(self) -> OptimConfig:

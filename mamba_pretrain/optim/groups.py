@@ -20,8 +20,8 @@ NamedParameters = list[tuple[str, nn.Parameter]]
 def split_by_decay(named: Iterable[tuple[str, nn.Parameter]], policies: Mapping[str, Policy]) -> tuple[NamedParameters, NamedParameters]:
     """Splits ``named`` into (decayed, not decayed).
 
-    Torch optimizers ignore the ``_no_weight_decay`` marks of mamba_ssm (state-spaces/mamba#798), so A_log and D decay in many trainers. Here the
-    policy of the module that owns a parameter decides. Raises KeyError for a parameter without a policy.
+    Torch optimizers ignore mamba_ssm's ``_no_weight_decay`` marks (state-spaces/mamba#798), so A_log and D decay in many trainers. Here the
+    policy of the module that owns a parameter decides. Raises KeyError for a parameter without one.
     """
     decayed: NamedParameters = []
     rest: NamedParameters = []
@@ -38,8 +38,7 @@ def group_table(named: Iterable[tuple[str, int]], policies: Mapping[str, Policy]
     for name, numel in named:
         folded = ".".join("*" if part.isdigit() else part for part in name.split("."))
         rows.setdefault((policies[name].decay, folded), []).append(numel)
-    lines = [
-        f"{'decay' if decay else 'no decay':9} {name:40} {len(sizes):5} x {sizes[0]:>12,}"
-        for (decay, name), sizes in sorted(rows.items(), reverse=True)
-    ]
+    lines = []
+    for (decay, name), sizes in sorted(rows.items(), reverse=True):
+        lines.append(f"{'decay' if decay else 'no decay':9} {name:40} {len(sizes):5} x {sizes[0]:>12,}")
     return "\n".join(lines)

@@ -12,9 +12,9 @@ from mamba_pretrain.optim.groups import NamedParameters
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch's own Muon (arXiv:2502.16982) on hidden 2-D weights; embeddings, heads, vectors and convolutions stay with AdamW.
+    """torch's own Muon (arXiv:2502.16982) on hidden 2-D weights; the rest stays with AdamW.
 
-    Both inner optimizers share this object's ``param_groups`` and ``state``, so engines, schedules and checkpoints see one ordinary optimizer.
+    Both inner optimizers share this object's ``param_groups`` and ``state``: engines, schedules and checkpoints see one optimizer.
     """
 
     def __init__(self, config: OptimConfig, decayed: NamedParameters, rest: NamedParameters) -> None:

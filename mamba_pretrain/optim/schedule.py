@@ -27,9 +27,9 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 def learning_rate(config: ScheduleConfig, peak: float, total_steps: int, step: int) -> float:
     """The learning rate of step ``step`` (0-based) of ``total_steps``.
 
-    Linear warm-up reaches ``peak`` at the last warm-up step; the decay ends at ``config.min_lr`` on the last step. ``wsd`` (warm-up, stable,
-    decay; MiniCPM, arXiv:2404.06395) holds the peak until the last ``decay_fraction`` of the run. A ``min_lr`` above ``peak`` cannot be
-    configured. Steps past the end keep the final rate.
+    Linear warm-up reaches ``peak`` at the last warm-up step; the decay ends at ``config.min_lr`` on the last step. ``wsd`` (warm-up,
+    stable, decay; MiniCPM, arXiv:2404.06395) holds the peak until the last ``decay_fraction`` of the run. Steps past the end keep
+    the final rate.
     """
     warmup = warmup_steps(config, total_steps)
     if step < warmup:

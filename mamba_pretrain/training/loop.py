@@ -1,0 +1,86 @@
+"""The one training loop, whatever the model, engine or launcher."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mamba_pretrain.training.batch_schedule import BatchSchedule
+from mamba_pretrain.training.config import TrainConfig
+from mamba_pretrain.training.state import TrainState
+from mamba_pretrain.training.step import StepMetrics, train_step
+
+if TYPE_CHECKING:
+    from mamba_pretrain.data.loader import TrainingData
+    from mamba_pretrain.parallel.engine import Engine
+    from mamba_pretrain.training.callbacks import Callback
+
+FINISHED = "finished"
+
+
+@dataclass
+class Run:
+    """The parts of a run, assembled by ``mamba_pretrain.run``; callbacks receive it."""
+
+    folder: Path
+    engine: Engine
+    data: TrainingData
+    train: TrainConfig
+    batches: BatchSchedule
+    total_steps: int
+    learning_rate: Callable[[int], float]  # of a 0-based step
+    max_grad_norm: float
+    state: TrainState = field(default_factory=TrainState)
+    callbacks: list[Callback] = field(default_factory=list)
+    skip_if: Callable[[torch.Tensor], bool] | None = None
+    stop_reason: str | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.engine.topology.rank == 0
+
+    def tell(self, hook: str, *arguments: Any) -> None:
+        """Calls a hook of every callback, in order."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+    def event(self, name: str, **details: Any) -> None:
+        """Puts an event row into the metrics."""
+        self.tell("on_row", {"kind": "event", "step": self.state.step, "time": time.time(), "event": name, **details})
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is known of a step right after it was queued; the tensors in ``metrics`` may still be in flight on the device."""
+
+    step: int
+    tokens: int
+    lr: float
+    metrics: StepMetrics
+    data_wait: float
+    finished_at: float
+
+
+def train_loop(run: Run) -> str:
+    """Trains until ``run.total_steps`` or until a callback sets ``run.stop_reason``; returns the reason."""
+    run.tell("on_start")
+    while run.state.step < run.total_steps and run.stop_reason is None:
+        step = run.state.step
+        size = run.batches.size(step)
+        asked = time.perf_counter()
+        batches = run.data.take(run.batches.first_sample(step) + run.state.skipped_samples, size)
+        data_wait = time.perf_counter() - asked
+        lr = run.learning_rate(step)
+        metrics = train_step(run.engine, batches, lr, run.max_grad_norm, run.skip_if)
+        run.state.step += 1
+        run.state.tokens += size * run.data.sequence_length
+        run.tell("on_step", StepRecord(run.state.step, run.state.tokens, lr, metrics, data_wait, time.perf_counter()))
+    reason = run.stop_reason or FINISHED
+    run.tell("on_stop", reason)
+    return reason

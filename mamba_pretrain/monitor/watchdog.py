@@ -160,7 +160,8 @@ class Watchdog:
             report = json.loads(path.read_text())
             if report["time"] > self._beat.progress:
                 return report
-        report = analyse(heartbeat.read_all(self._run_dir), self._timeout, stale_after=COLLECT_SECONDS + 2 * self._interval)
+        # A frozen rank has been silent for about the timeout by now; a living one wrote within the last interval.
+        report = analyse(heartbeat.read_all(self._run_dir), self._timeout, stale_after=max(2 * self._interval, min(2.0, self._timeout / 2)))
         temporary = path.with_name(f".hang-{self._beat.rank}.json")
         temporary.write_text(json.dumps(report, indent=1) + "\n")
         os.replace(temporary, path)

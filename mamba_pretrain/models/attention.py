@@ -75,7 +75,10 @@ class Attention(Mixer):
 
 
 def rotate(t: Tensor, positions: Tensor, channels: int, theta: float) -> Tensor:
-    """Rotary embedding of the first ``channels`` of ``t`` (b, heads, l, headdim), in halves; ``positions`` (l,) or (b, l). Angles are fp32."""
+    """Rotary embedding of the first ``channels`` channels of ``t`` (b, heads, l, headdim), in halves; ``positions`` (l,) or (b, l).
+
+    Angles are fp32 whatever the compute precision.
+    """
     if channels == 0:
         return t
     frequencies = theta ** (-torch.arange(0, channels, 2, device=t.device, dtype=torch.float32) / channels)

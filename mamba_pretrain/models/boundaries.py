@@ -13,7 +13,8 @@ from torch import Tensor
 class Boundaries:
     """Document boundaries of a batch: states, convolutions and attention never cross them.
 
-    ``seq_idx`` (b, l) int32: a document begins where it changes along the length. ``positions`` (b, l) int64: restart at 0 with each document.
+    ``seq_idx`` (b, l) int32: a document begins where it changes along the length. ``positions`` (b, l) int64: restart at 0 with each
+    document.
     """
 
     seq_idx: Tensor

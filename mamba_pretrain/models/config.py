@@ -173,7 +173,7 @@ class ModelConfig(BaseModel):
             )
 
     @property
-    def layer_mixers(self) -> list[str]:
+    def layer_mixers(self) -> list[MixerName]:
         """The mixer of each layer."""
         if self.pattern:
             return list(self.pattern) * (self.n_layer // len(self.pattern))

@@ -27,8 +27,9 @@ def copy(name: str, parameter: nn.Parameter, full: Tensor) -> None:
 def initialize(model: LanguageModel, seed: int, assign: Assign = copy) -> None:
     """Draws every parameter of ``model`` anew.
 
-    Each parameter's full fp32 value is drawn on the CPU from a generator seeded by (seed, name) and handed to ``assign(name, parameter, full)``.
-    Nothing depends on other parameters, so sharded, meta-device and eager models get the same bits, and a second call changes nothing.
+    Each parameter's full fp32 value is drawn on the CPU from a generator seeded by (seed, name) and handed to
+    ``assign(name, parameter, full)``. Nothing depends on other parameters, so sharded, meta-device and eager models get the same bits,
+    and a second call changes nothing.
     """
     policies = model.parameter_policies()
     for name, parameter in model.named_parameters():

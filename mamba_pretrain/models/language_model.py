@@ -16,7 +16,10 @@ from mamba_pretrain.models.modules import RMSNorm, TokenTable, prefixed
 
 
 class LanguageModel(nn.Module):
-    """A stack of blocks over token embeddings. Builds under ``torch.device("meta")``; ``init.initialize`` gives the parameters their values."""
+    """A stack of blocks over token embeddings.
+
+    Builds under ``torch.device("meta")``; ``init.initialize`` gives the parameters their values.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,19 +43,17 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Logits (b, l, vocab_size) of ``tokens`` (b, l), or with ``labels`` (b, l) the fp32 sum of token losses.
 
-        ``labels`` are already shifted and hold -100 where ignored. ``state`` (from ``new_state``) is continued and updated in place, and excludes
-        ``boundaries``. ``only_last`` computes the logits of the last token alone: (b, 1, vocab_size).
+        ``labels`` are already shifted and hold -100 where ignored. ``state`` (from ``new_state``) is continued and updated in place, and
+        excludes ``boundaries``. ``only_last`` computes the logits of the last token alone: (b, 1, vocab_size).
         """
         if state is not None and boundaries is not None:
             raise ValueError("a state continues one document per row; boundaries cannot be given with it")
         hidden, residual = self.embedding(tokens), None
         for i, block in enumerate(self.layers):
             hidden, residual = block(hidden, residual, boundaries, None if state is None else state[i])
-        if only_last:
-            hidden, residual = hidden[:, -1:], residual[:, -1:]
         hidden, _ = self.norm_f(hidden, residual)
         head = self.embedding if self.config.tie_word_embeddings else self.lm_head
-        return head(hidden, labels)
+        return head(hidden[:, -1:] if only_last else hidden, labels)
 
     def blocks(self) -> Iterator[Block]:
         """The blocks, typed."""

@@ -88,7 +88,7 @@ class TokenTable(nn.Module):
         self.std = std
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Token ids (b, l) give vectors (b, l, d); vectors give logits (b, l, vocab_size), or with ``labels`` the fp32 sum of token losses."""
+        """Token ids (b, l) give vectors (b, l, d); vectors give logits (b, l, vocab_size) or, with ``labels``, the sum of token losses."""
         if not x.is_floating_point():
             return F.embedding(x, self.weight)
         if labels is None:

@@ -1,7 +1,7 @@
 """One token of each recurrence, for generation.
 
-Plain tensor arithmetic without a loop, a data-dependent shape or a read by the host: cheap on a CPU, and a CUDA graph can capture it. States
-are updated in place. Products with the state are sums, not einsum: autocast would turn those into bf16 matmuls.
+Plain tensor arithmetic without a loop, a data-dependent shape or a read by the host: cheap on a CPU, and a CUDA graph can capture it.
+States are updated in place. Products with the state are sums, not einsum: autocast would turn those into bf16 matmuls.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def selective_step(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, dt_limit: tuple[float, float], state: Tensor
 ) -> Tensor:
-    """Mamba-2's recurrence for one token: ``x`` (b, 1, h, p), ``dt`` (b, 1, h), ``A`` (h,), ``B, C`` (b, 1, g, n), ``state`` (b, h, p, n)."""
+    """Mamba-2's recurrence for one token.
+
+    ``x`` (b, 1, h, p), ``dt`` (b, 1, h), ``A`` (h,), ``B, C`` (b, 1, g, n), ``state`` (b, h, p, n) fp32.
+    """
     b, _, h, p = x.shape
     groups = B.shape[2]
     value = x[:, 0].float()

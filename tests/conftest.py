@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps a file's tests on one worker (they share fixtures), and all Slurm tests on one (they share a cluster); skips GPU tests without one."""
+    """Keeps a file's tests on one worker (they share fixtures) and all Slurm tests on one (they share a cluster); skips GPU tests."""
     for item in items:
         group = "slurm" if item.get_closest_marker("slurm") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))

@@ -15,8 +15,8 @@ def train(
 ) -> None:
     """Train a model, or continue where the run folder's last checkpoint stands.
 
-    One process: `mamba-pretrain train configs/mamba1/130m.yaml`. Several: `torchrun --nproc-per-node 8 -m mamba_pretrain train ...`, `deepspeed
-    --module mamba_pretrain train ...`, or `srun python -m mamba_pretrain train ...`.
+    One process: `mamba-pretrain train configs/mamba1/130m.yaml`. Several: `torchrun --nproc-per-node 8 -m mamba_pretrain train ...`,
+    `deepspeed --module mamba_pretrain train ...`, or `srun python -m mamba_pretrain train ...`.
     """
     from mamba_pretrain.config import load_config
     from mamba_pretrain.run import run_training

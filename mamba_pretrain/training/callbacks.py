@@ -36,7 +36,7 @@ class Callback:
 
 
 class ReadMetrics(Callback):
-    """Turns step records into train rows, one step late, so that the host queues a step while the device still computes the one before."""
+    """Turns step records into train rows, one step late: the host queues a step while the device still computes the one before."""
 
     def __init__(self, describe: Callable[[StepRecord, float], Row], eager: bool = False) -> None:
         """``describe(record, seconds)`` adds throughput and memory to a row; ``eager`` reads each step at once (the spike guard needs it)."""
@@ -107,7 +107,9 @@ class WriteRows(Callback):
 class Evaluate(Callback):
     """Validation every ``every_steps`` steps and at the end."""
 
-    def __init__(self, config: EvaluationConfig, measure: Callable[[], dict[str, tuple[Evaluation, float | None]]], clock: ReadMetrics) -> None:
+    def __init__(
+        self, config: EvaluationConfig, measure: Callable[[], dict[str, tuple[Evaluation, float | None]]], clock: ReadMetrics
+    ) -> None:
         """``measure()`` gives, per dataset, the evaluation and the dataset's bytes per token if known."""
         self._config = config
         self._measure = measure

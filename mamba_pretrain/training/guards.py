@@ -48,7 +48,7 @@ class SpikeGuard(Callback):
             run.skip_if = lambda norm: is_spike(float(norm), run.state.grad_norms, self._config)
 
     def on_row(self, run: Run, row: Row) -> None:
-        """Judges a train row. In skip and rollback mode a bad norm was already kept from the weights; a jumping loss is only visible here."""
+        """Judges a train row; in skip and rollback mode a bad norm was already kept from the weights."""
         if row["kind"] != "train":
             return
         losses, norms = run.state.losses[:-1], run.state.grad_norms[:-1]
@@ -94,7 +94,9 @@ class ResumeGuard(Callback):
         # While the loss still falls steeply the deviation is large by itself; 10% of the mean is far outside any batch-to-batch noise.
         allowed = mean + max(6.0 * deviation, 0.1 * mean)
         if row["loss"] > allowed:
-            causes = "; ".join(self._differences) or "config, data, precision and world size are as they were, so suspect the checkpoint itself"
+            causes = (
+                "; ".join(self._differences) or "config, data, precision and world size are as they were, so suspect the checkpoint itself"
+            )
             raise TrainingError(
                 f"loss {row['loss']:.4f} at step {row['step']} after the resume, but {mean:.4f} on average before it: {causes}. "
                 "Set train.resume_guard=false to go on all the same"

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepMetrics:
-    """Results of a step. ``loss`` (mean over all valid tokens of all ranks) and ``grad_norm`` (before clipping) are 0-d tensors still on the
-    device: reading them is what synchronises, so the loop reads them one step late."""
+    """Results of a step.
+
+    ``loss`` (mean over all valid tokens of all ranks) and ``grad_norm`` (before clipping) are 0-d tensors still on the device: reading
+    them is what synchronises, so the loop reads them one step late.
+    """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor

@@ -3,6 +3,8 @@
 Differences of transformers that matter here (checked against 5.x):
 
 - its models know no padding of the vocabulary, so padding rows are left out on export (else its generation could pick them);
+- with ``rescale_prenorm_residual`` set, ``from_pretrained`` divides the *loaded* ``out_proj`` weights by sqrt(n_layer): it stays False in
+  exports, since it only means something for a fresh initialisation;
 - ``MambaMixer`` keeps dt_bias as ``dt_proj.bias``;
 - ``Mamba2Config.time_step_rank`` and Mamba's ``intermediate_size`` are stored but follow from the rest or are unused;
 - without CUDA kernels its Mamba-1 prefill with a cache starts from a zero state, whatever the cache holds;
@@ -38,7 +40,6 @@ _MAMBA = _COMMON | {
     "residual_in_fp32": "residual_in_fp32",
     "use_bias": "use_bias",
     "use_conv_bias": "use_conv_bias",
-    "rescale_prenorm_residual": "rescale_prenorm_residual",
     "time_step_min": "time_step_min",
     "time_step_max": "time_step_max",
     "time_step_floor": "time_step_floor",
@@ -233,15 +234,17 @@ def _falcon_back(theirs: Any) -> Attributes:
     return {"mixer": "mamba1", "bcdt_rms": True}
 
 
-def _nothing(config: ModelConfig) -> Attributes:
-    return {}
+def _mamba_extra(config: ModelConfig) -> Attributes:
+    return {"rescale_prenorm_residual": False}
 
 
 FAMILIES: dict[str, Family] = {
-    "mamba": Family("mamba", "MambaForCausalLM", _MAMBA1, _mamba_table, _nothing, lambda theirs: {"mixer": "mamba1"}, _mamba_unsupported),
-    "falcon_mamba": Family("falcon_mamba", "FalconMambaForCausalLM", _FALCON, _mamba_table, _nothing, _falcon_back, _mamba_unsupported),
+    "mamba": Family(
+        "mamba", "MambaForCausalLM", _MAMBA1, _mamba_table, _mamba_extra, lambda theirs: {"mixer": "mamba1"}, _mamba_unsupported
+    ),
+    "falcon_mamba": Family("falcon_mamba", "FalconMambaForCausalLM", _FALCON, _mamba_table, _mamba_extra, _falcon_back, _mamba_unsupported),
     "mamba2": Family(
-        "mamba2", "Mamba2ForCausalLM", _MAMBA2, _mamba_table, _nothing, lambda theirs: {"mixer": "mamba2"}, _mamba_unsupported
+        "mamba2", "Mamba2ForCausalLM", _MAMBA2, _mamba_table, _mamba_extra, lambda theirs: {"mixer": "mamba2"}, _mamba_unsupported
     ),
     "bamba": Family("bamba", "BambaForCausalLM", _BAMBA, _bamba_table, _bamba_extra, _bamba_back, _bamba_unsupported),
 }

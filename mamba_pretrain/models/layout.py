@@ -50,8 +50,13 @@ def vocabulary_rows(ours: str, theirs: str, config: ModelConfig) -> Entry:
 
 
 def translate_out(state: StateDict, table: list[Entry]) -> StateDict:
-    """Our state dict in the other format; tensors are contiguous and share no memory with each other."""
-    return {name: part.contiguous() for entry in table for name, part in zip(entry.theirs, entry.split(state[entry.ours]), strict=True)}
+    """Our state dict in the other format; tensors are contiguous and own their whole storage, as safetensors wants."""
+    return {name: _owned(part) for entry in table for name, part in zip(entry.theirs, entry.split(state[entry.ours]), strict=True)}
+
+
+def _owned(t: Tensor) -> Tensor:
+    whole = t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes
+    return t if whole else t.clone(memory_format=torch.contiguous_format)
 
 
 def translate_in(state: StateDict, table: list[Entry], shapes: dict[str, tuple[int, ...]], source: str) -> StateDict:

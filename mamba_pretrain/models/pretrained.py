@@ -131,7 +131,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _usual_names(state: StateDict, config: ModelConfig, table: list[Entry]) -> StateDict:
-    """Without a tied head's second copy, and with transformers' current name of the embedding (its converted public weights keep the old)."""
+    """Without a tied head's second copy, and with transformers' current name of the embedding (older public weights have another)."""
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != _TIED}
     old, new = "backbone.embedding.weight", "backbone.embeddings.weight"

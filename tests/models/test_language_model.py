@@ -157,15 +157,15 @@ def test_state_and_boundaries_exclude_each_other(small_config, two_documents):
         model(torch.zeros(1, 4, dtype=torch.int64), two_documents(1, 4, 2), state=model.new_state(1, 8, "cpu"))
 
 
-def test_hooks_of_every_owner_fire(small_config, two_documents):
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_of_every_owner_fire(kind, small_config, two_documents):
     """Sharding engines gather parameters in module hooks: every module with parameters of its own is called, none read from outside."""
-    for kind in KINDS:
-        model = LanguageModel(small_config(kind))
-        init.initialize(model, 0)
-        called = set()
-        owners = [m for m in model.modules() if list(m.parameters(recurse=False))]
-        for module in owners:
-            module.register_forward_pre_hook(lambda m, args: called.add(m))
-        tokens = torch.randint(0, 61, (1, 8))
-        model(tokens, two_documents(1, 8, 3), tokens)
-        assert called == set(owners), kind
+    model = LanguageModel(small_config(kind))
+    init.initialize(model, 0)
+    called = set()
+    owners = [module for module in model.modules() if list(module.parameters(recurse=False))]
+    for module in owners:
+        module.register_forward_pre_hook(lambda module, args: called.add(module))
+    tokens = torch.randint(0, 61, (1, 8))
+    model(tokens, two_documents(1, 8, 3), tokens)
+    assert called == set(owners)

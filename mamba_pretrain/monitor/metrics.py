@@ -13,6 +13,7 @@ from data_tools.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
 Row = dict[str, Any]
+KINDS = {"train": "train", "eval": "evals", "event": "events", "sample": "samples", "layers": "layers"}
 
 
 @dataclass
@@ -23,12 +24,13 @@ class History:
     evals: list[Row] = field(default_factory=list)
     events: list[Row] = field(default_factory=list)
     samples: list[Row] = field(default_factory=list)
+    layers: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
         """Files a row; kinds this version does not know are passed over."""
-        rows = {"train": self.train, "eval": self.evals, "event": self.events, "sample": self.samples}.get(row.get("kind", ""))
-        if rows is not None:
-            rows.append(row)
+        name = KINDS.get(row.get("kind", ""))
+        if name is not None:
+            getattr(self, name).append(row)
 
     def column(self, key: str) -> list[float | None]:
         """One value per train row; None where a row lacks it."""

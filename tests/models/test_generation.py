@@ -1,0 +1,118 @@
+import pytest
+import torch
+
+from data_tools.errors import UserError
+from mamba_pretrain.models.generation import Sampling, filtered, generate, picker
+from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.models.pretrained import export_pretrained
+
+KINDS = ["mamba1", "falcon", "mamba2", "attention", "hybrid"]
+PROMPTS = [[5, 9, 2, 7, 11], [3], [8, 8, 1, 30, 2, 6, 40]]
+
+
+def greedy_by_full_forward(model, prompt, n):
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(n):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_the_full_forward_pass_token_by_token(kind, small_config, randomized):
+    model = randomized(small_config(kind))
+    expected = [greedy_by_full_forward(model, prompt, 20) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, 20) == expected, "a batch of prompts of different lengths"
+    assert [generate(model, [prompt], 20)[0] for prompt in PROMPTS] == expected, "one by one"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_carries_on_from_pieces_of_any_length(kind, small_config, randomized):
+    model = randomized(small_config(kind))
+    tokens = torch.randint(0, 61, (2, 40))
+    state = model.new_state(2, 40, "cpu")
+    with torch.no_grad():
+        pieces = [model(piece, state=state) for piece in tokens.split([1, 17, 1, 1, 3, 17], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "falcon", "mamba2"])
+def test_the_state_does_not_grow(kind, small_config):
+    with torch.device("meta"):
+        model = LanguageModel(small_config(kind))
+    sizes = [
+        sum(t.numel() for layer in model.new_state(1, length, "meta") for t in layer.values() if torch.is_tensor(t))
+        for length in (10, 10**6)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"), [("mamba1", {}), ("falcon", {}), ("mamba2", {}), ("hybrid", {"pattern": "mamba2 x2, attention", "rotary_dim": 4})]
+)
+def test_64_greedy_tokens_equal_transformers(kind, changes, small_config, randomized, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = randomized(small_config(kind, **changes))
+    export_pretrained(model.state_dict(), model.config, None, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
+    prompt = [5, 9, 2, 7, 11, 60, 4]
+    out = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert generate(model, [prompt], 64)[0] == out[0, len(prompt) :].tolist()
+
+
+def test_generation_stops_at_the_end_of_text(small_config, randomized):
+    model = randomized(small_config("mamba2"))
+    free = generate(model, PROMPTS, 20)
+    eos = free[0][7]
+    stopped = generate(model, PROMPTS, 20, eos_id=eos)
+    for row, full in zip(stopped, free, strict=True):
+        assert row == (full[: full.index(eos) + 1] if eos in full else full)
+    assert len(stopped[0]) <= 8
+
+
+def test_sampling_is_seeded(small_config, randomized):
+    model = randomized(small_config("mamba1"))
+    first = generate(model, PROMPTS, 20, Sampling(seed=1))
+    assert first == generate(model, PROMPTS, 20, Sampling(seed=1))
+    assert first != generate(model, PROMPTS, 20, Sampling(seed=2))
+    assert generate(model, PROMPTS, 20, Sampling(temperature=1e-4)) == generate(model, PROMPTS, 20)
+    assert generate(model, PROMPTS, 20, Sampling(top_k=1)) == generate(model, PROMPTS, 20)
+    assert generate(model, PROMPTS, 20, Sampling(top_p=1e-6)) == generate(model, PROMPTS, 20)
+
+
+def test_draws_follow_the_distribution():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    pick = picker(Sampling(seed=3), torch.device("cpu"))
+    drawn = pick(probabilities.log().expand(20_000, 4))
+    counts = torch.bincount(drawn, minlength=4) / 20_000
+    assert counts[1] == 0
+    assert (counts - probabilities).abs().max() < 0.02
+
+
+def test_top_k_and_top_p_keep_what_they_say():
+    logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
+
+    def kept(**settings):
+        return filtered(logits, Sampling(**settings)).isfinite()[0].tolist()
+
+    assert kept(top_k=2) == [True, False, True, False]
+    assert kept(top_p=0.5) == [True, False, True, False]
+    assert kept(top_p=0.39) == [True, False, False, False]
+    assert kept(top_k=3, top_p=0.8) == [True, False, True, True]
+    assert kept(top_k=9, top_p=1.0) == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"temperature": -1.0}, "temperature -1 is negative"), ({"top_k": 0}, "top_k 0"), ({"top_p": 1.5}, "top_p 1.5")]
+)
+def test_wrong_sampling_settings(settings, words):
+    with pytest.raises(UserError, match=words):
+        Sampling(**settings)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"), [([], "no prompt"), ([[1], []], "prompt 1 is empty"), ([[61]], "outside the model's vocabulary of 61")]
+)
+def test_wrong_prompts(prompts, words, small_config, randomized):
+    with pytest.raises(UserError, match=words):
+        generate(randomized(small_config("mamba1")), prompts, 5)

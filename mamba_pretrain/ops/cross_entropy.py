@@ -1,0 +1,139 @@
+"""Cross-entropy of a linear head without whole logits: signature, reference, choice.
+
+Tokens go through in chunks. Where gradients are wanted, each chunk's gradients are computed while its logits are at hand (the idea of Liger
+Kernel, arXiv:2410.10989): three matmuls in all, nothing recomputed, no logits kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mamba_pretrain.ops import registry
+from mamba_pretrain.ops.common import without_autocast
+
+# Elements of a chunk's logits. On a CPU a cache-sized chunk is fastest; a GPU wants few large matmuls (about 8 bytes an element at the peak).
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
+_MIN_ROWS = 64
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, valid_vocab: int | None = None
+) -> Tensor:
+    """Sum over labelled tokens of ``-log softmax(hidden @ weight.T)[label]``: fp32 scalar.
+
+    Args:
+        hidden: (..., d).  weight: (rows, d).  labels: (...) int64, ``ignore_index`` where there is no target.
+        valid_vocab: rows past it are padding: no probability, zero gradient. None: all rows count.
+
+    Matmuls run in autocast's dtype where it is on, else in ``hidden.dtype``; softmax statistics and the sum of ``weight``'s gradient are fp32.
+    """
+    return registry.call(
+        "linear_cross_entropy", hidden=hidden, weight=weight, labels=labels, ignore_index=ignore_index, valid_vocab=valid_vocab
+    )
+
+
+@registry.register("linear_cross_entropy", "reference", priority=0)
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, valid_vocab: int | None) -> Tensor:
+    """Chunked matmuls and softmax in PyTorch."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    valid = valid_vocab or weight.shape[0]
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return loss_and_gradients(flat, weight, targets, ignore_index, valid, dtype)[0]
+    return loss_only(flat, weight, targets, ignore_index, valid, dtype)
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Equal slices of the tokens, as few as the budget allows."""
+    tokens = hidden.shape[0]
+    budget = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
+    n = -(-tokens // max(_MIN_ROWS, budget // weight.shape[0]))
+    rows = -(-tokens // max(1, n))
+    return [slice(i, min(i + rows, tokens)) for i in range(0, tokens, max(1, rows))]
+
+
+def _log_probabilities(hidden: Tensor, weight: Tensor, valid: int) -> Tensor:
+    """(rows, vocabulary) fp32; padding gets -inf."""
+    logits = F.linear(hidden, weight)
+    if valid < weight.shape[0]:
+        logits[:, valid:] = float("-inf")
+    return F.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
+def _token_losses(log_p: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (rows, 1), 0 where ignored; whether each row counts (rows, 1); and a valid index for every row (rows, 1)."""
+    counts = (targets != ignore_index).unsqueeze(1)
+    index = targets.unsqueeze(1).masked_fill(~counts, 0)
+    return -log_p.gather(1, index).masked_fill(~counts, 0.0), counts, index
+
+
+@torch.library.custom_op("mamba_pretrain::linear_cross_entropy_loss", mutates_args=())
+def loss_only(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, valid: int, dtype: torch.dtype) -> Tensor:
+    """The loss where no gradient is wanted. ``hidden`` (tokens, d), ``targets`` (tokens,)."""
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    with without_autocast(hidden):
+        cast = weight.to(dtype)
+        for rows in _chunks(hidden, weight):
+            log_p = _log_probabilities(hidden[rows].to(dtype), cast, valid)
+            total += _token_losses(log_p, targets[rows], ignore_index)[0].sum()
+    return total
+
+
+@torch.library.custom_op("mamba_pretrain::linear_cross_entropy", mutates_args=())
+def loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, valid: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and its gradients by ``hidden`` and by ``weight`` (fp32)."""
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    dhidden = torch.empty_like(hidden)
+    dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    with without_autocast(hidden):
+        cast = weight.to(dtype)
+        for rows in _chunks(hidden, weight):
+            h = hidden[rows].to(dtype)
+            log_p = _log_probabilities(h, cast, valid)
+            losses, counts, index = _token_losses(log_p, targets[rows], ignore_index)
+            total += losses.sum()
+            dlogits = log_p.exp_()
+            dlogits.scatter_add_(1, index, torch.full_like(losses, -1.0))
+            dlogits = dlogits.mul_(counts).to(dtype)
+            dhidden[rows] = dlogits @ cast
+            add_matmul(dweight, dlogits.t(), h)
+    return total, dhidden, dweight
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in place with an fp32 ``total``, whatever the dtype of ``a`` and ``b``."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
+@loss_only.register_fake
+def _(hidden, weight, targets, ignore_index, valid, dtype):  # type: ignore[no-untyped-def]
+    return hidden.new_empty((), dtype=torch.float32)
+
+
+@loss_and_gradients.register_fake
+def _(hidden, weight, targets, ignore_index, valid, dtype):  # type: ignore[no-untyped-def]
+    loss = hidden.new_empty((), dtype=torch.float32)
+    return loss, torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(output[1], output[2])
+    ctx.weight_dtype = inputs[1].dtype
+
+
+def _gradients(ctx, dloss, *_):  # type: ignore[no-untyped-def]
+    dhidden, dweight = ctx.saved_tensors
+    return dhidden * dloss.to(dhidden.dtype), (dweight * dloss).to(ctx.weight_dtype), None, None, None, None
+
+
+loss_and_gradients.register_autograd(_gradients, setup_context=_setup_context)

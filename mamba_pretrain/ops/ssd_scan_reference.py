@@ -1,0 +1,381 @@
+"""Mamba-2's scan in pure PyTorch: the oracle of the kernels and the path of a CPU.
+
+The chunked algorithm of arXiv:2405.21060, section 6: inside a chunk the recurrence is a masked matmul, between chunks the state is carried.
+Decays come from sums of the steps between two positions (never from a difference of running sums), so that nothing overflows, strong decays
+keep their precision, and a document's numbers do not depend on the one before it, to the bit. The backward pass is written out; it recomputes
+a block of chunks from the states before them, which are all that is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mamba_pretrain.ops.common import without_autocast
+
+# Time steps handled by one matmul, and elements (batch x time x heads x chunk) of a block: on a CPU what stays in the cache pays.
+MAX_CHUNK = {"cpu": 64, "cuda": 128}
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+@dataclass
+class _Block:
+    """Operands of some chunks, fp32; g groups of r heads, T steps a chunk."""
+
+    x: Tensor  # (b, c, g, T, r, p)
+    dt: Tensor  # (b, c, g, r, T)
+    A: Tensor  # (g, r)
+    B: Tensor  # (b, c, g, T, n)
+    C: Tensor  # (b, c, g, T, n)
+    starts: Tensor | None  # (b, c, T)
+
+    def __post_init__(self) -> None:
+        a = self.dt * self.A.unsqueeze(-1)
+        self.between = self._decay_between(a)  # (b, c, g, r, T, T): from step j to step i
+        self.from_before = self._decay_from_before(a)  # (b, c, g, r, T): of the state before the chunk
+        self.scores = self.C @ self.B.transpose(-1, -2)  # (b, c, g, T, T)
+        self.weights = self.between[..., -1, :] * self.dt  # (b, c, g, r, T): of an input in the state after the chunk
+
+    def _decay_between(self, a: Tensor) -> Tensor:
+        steps = a.shape[-1]
+        lower = torch.ones(steps, steps, dtype=torch.bool, device=a.device).tril()
+        sums = a.unsqueeze(-1).expand(*a.shape, steps).masked_fill(~lower.tril(-1), 0.0).cumsum(-2)
+        allowed = lower
+        if self.starts is not None:
+            document = self.starts.cumsum(-1)
+            allowed = lower & (document.unsqueeze(-1) == document.unsqueeze(-2))[:, :, None, None]
+        return sums.exp_().masked_fill_(~allowed, 0.0)
+
+    def _decay_from_before(self, a: Tensor) -> Tensor:
+        decay = a.cumsum(-1).exp_()
+        if self.starts is None:
+            return decay
+        return decay.masked_fill_((self.starts.cumsum(-1) > 0)[:, :, None, None], 0.0)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(b, c, g, T, r, p) as (b, c, g, r, T, p)."""
+        return x.transpose(3, 4)
+
+    def mixing(self) -> Tensor:
+        """The matrix that maps a chunk's inputs to its outputs: (b, c, g, r, T, T)."""
+        return self.between * self.scores.unsqueeze(3) * self.dt.unsqueeze(-2)
+
+    def added_states(self) -> Tensor:
+        """What each chunk adds to the state: (b, c, g, r * p, n)."""
+        weighted = self.x * self.weights.transpose(-1, -2).unsqueeze(-1)
+        return weighted.flatten(-2).transpose(-1, -2) @ self.B
+
+    def outputs(self, before: Tensor) -> Tensor:
+        """C . state for every step, (b, c, g, T, r, p), given the states before each chunk (b, c, g, r * p, n)."""
+        inside = self.heads(self.mixing() @ self.heads(self.x))
+        carried = (self.C @ before.transpose(-1, -2)).unflatten(-1, self.x.shape[-2:])
+        return inside + carried * self.from_before.transpose(-1, -2).unsqueeze(-1)
+
+
+def _carry(added: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """States before each chunk and after the last, from what chunks add (b, c, g, r * p, n) and how much they decay (b, c, g, r)."""
+    before = torch.empty_like(added)
+    factors = decay.repeat_interleave(added.shape[3] // decay.shape[3], dim=3).unsqueeze(-1)
+    for c in range(added.shape[1]):
+        before[:, c] = state
+        state = torch.addcmul(added[:, c], factors[:, c], state)
+    return before, state
+
+
+def _block_forward(block: _Block, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, the states before each chunk, and the state after the block (b, g, r * p, n)."""
+    before, final = _carry(block.added_states(), block.from_before[..., -1], initial)
+    return block.outputs(before), before, final
+
+
+@dataclass
+class _BlockGradients:
+    """Gradients of a block's operands, shaped like them; ``a`` is that of dt A."""
+
+    x: Tensor
+    dt: Tensor
+    a: Tensor
+    B: Tensor
+    C: Tensor
+    initial: Tensor
+
+
+def _block_backward(block: _Block, before: Tensor, dy: Tensor, dfinal: Tensor) -> _BlockGradients:
+    """From ``dy`` (b, c, g, T, r, p) and the gradient of the state after the block (b, g, r * p, n)."""
+    # Through the carried state's part of the outputs.
+    scaled = (dy * block.from_before.transpose(-1, -2).unsqueeze(-1)).flatten(-2)  # (b, c, g, T, r * p)
+    dC = scaled @ before
+    read = (block.C @ before.transpose(-1, -2)).unflatten(-1, dy.shape[-2:])
+    dfrom_before = (dy * read).sum(-1).transpose(-1, -2)
+    # Through the states: the adjoint of the state after each chunk.
+    after, dinitial = _carry((scaled.transpose(-1, -2) @ block.C).flip(1), block.from_before[..., -1].flip(1), dfinal)
+    after = after.flip(1)
+    kept = (after * before).unflatten(3, dy.shape[-2:]).sum((-1, -2))  # (b, c, g, r)
+    weighted = block.x * block.weights.transpose(-1, -2).unsqueeze(-1)
+    dB = weighted.flatten(-2) @ after
+    dweighted = (block.B @ after.transpose(-1, -2)).unflatten(-1, dy.shape[-2:])
+    dweights = (dweighted * block.x).sum(-1).transpose(-1, -2)
+    # Through the chunk's own matrix.
+    dy_heads = block.heads(dy)
+    mixing = block.mixing()
+    dx = dweighted * block.weights.transpose(-1, -2).unsqueeze(-1) + block.heads(mixing.transpose(-1, -2) @ dy_heads)
+    dmixing = (dy_heads @ block.heads(block.x).transpose(-1, -2)).mul_(block.between)
+    dscores = (dmixing * block.dt.unsqueeze(-2)).sum(3)
+    dmixing.mul_(block.scores.unsqueeze(3))
+    ddt = dmixing.sum(-2) + dweights * block.between[..., -1, :]
+    dbetween = dmixing.mul_(block.dt.unsqueeze(-2))
+    dbetween[..., -1, :] += dweights * block.weights
+    dfrom_before = dfrom_before * block.from_before
+    dfrom_before[..., -1] += kept * block.from_before[..., -1]
+    return _BlockGradients(
+        x=dx,
+        dt=ddt,
+        a=_sums_backward(dbetween) + dfrom_before.flip(-1).cumsum(-1).flip(-1),
+        B=dB + dscores.transpose(-1, -2) @ block.C,
+        C=dC + dscores @ block.B,
+        initial=dinitial,
+    )
+
+
+def _sums_backward(dsums: Tensor) -> Tensor:
+    """Gradient of the steps (..., T) from that of the sums between i and j (..., T, T): step k is in every sum with j < k <= i."""
+    return dsums.flip(-2).cumsum(-2).flip(-2).tril(-1).sum(-1)
+
+
+# -- the whole sequence, block by block ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Operands:
+    """Inputs of the op and how they are cut into blocks of chunks."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    starts: Tensor | None
+    chunk_size: int
+    dt_min: float
+    dt_max: float
+
+    def __post_init__(self) -> None:
+        batch, length, heads, self.p = self.x.shape
+        self.groups, self.n = self.B.shape[2:]
+        self.per_group = heads // self.groups
+        device = self.x.device.type
+        self.steps = max(1, min(self.chunk_size, MAX_CHUNK.get(device, MAX_CHUNK["cpu"]), length))
+        self.chunks = -(-length // self.steps)
+        budget = BLOCK_ELEMENTS.get(device, BLOCK_ELEMENTS["cpu"])
+        self.chunks_per_block = max(1, budget // (batch * heads * self.steps**2))
+
+    def blocks(self) -> list[tuple[slice, slice]]:
+        """(time, chunks) of each block."""
+        length, found = self.x.shape[1], []
+        for first in range(0, self.chunks, self.chunks_per_block):
+            last = min(first + self.chunks_per_block, self.chunks)
+            found.append((slice(first * self.steps, min(last * self.steps, length)), slice(first, last)))
+        return found
+
+    def chunked(self, t: Tensor) -> Tensor:
+        """(b, time, ...) as (b, c, T, ...) fp32. Padding is zero: a step with dt = 0 changes nothing."""
+        missing = -t.shape[1] % self.steps
+        t = t.float()
+        if missing:
+            t = torch.cat([t, t.new_zeros(t.shape[0], missing, *t.shape[2:])], dim=1)
+        return t.unflatten(1, (-1, self.steps))
+
+    def grouped(self, t: Tensor) -> Tensor:
+        """(b, time, h, p) as (b, c, g, T, r, p)."""
+        return self.chunked(t).unflatten(3, (self.groups, self.per_group)).transpose(2, 3)
+
+    def to_time(self, t: Tensor, time: slice) -> Tensor:
+        """(b, c, g, T, r, ...) back to (b, time, h, ...)."""
+        return t.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, : time.stop - time.start]
+
+    def raw_dt(self, time: slice) -> Tensor:
+        """dt + dt_bias before the softplus: (b, time, h) fp32."""
+        raw = self.dt[:, time].float()
+        return raw if self.dt_bias is None else raw + self.dt_bias.float()
+
+    def block(self, time: slice) -> _Block:
+        """The operands of a block."""
+        dt = F.softplus(self.raw_dt(time)).clamp(self.dt_min, self.dt_max)
+        return _Block(
+            x=self.grouped(self.x[:, time]),
+            dt=self.grouped(dt.unsqueeze(-1)).squeeze(-1).transpose(-1, -2).contiguous(),
+            A=self.A.float().view(self.groups, self.per_group),
+            B=self.chunked(self.B[:, time]).transpose(2, 3),
+            C=self.chunked(self.C[:, time]).transpose(2, 3),
+            starts=None if self.starts is None else self.chunked(self.starts[:, time]) > 0,
+        )
+
+    def state_in(self, state: Tensor) -> Tensor:
+        """(b, h, p, n) as (b, g, r * p, n) fp32."""
+        return state.float().reshape(len(state), self.groups, self.per_group * self.p, self.n)
+
+    def empty_outputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for y, the final state, and the states before chunks."""
+        batch, _, heads, p = self.x.shape
+        before = (batch, self.chunks, self.groups, self.per_group * p, self.n)
+        fp32 = torch.float32
+        return self.x.new_empty(self.x.shape), self.x.new_empty((batch, heads, p, self.n), dtype=fp32), self.x.new_empty(before, dtype=fp32)
+
+
+def _forward(ops: _Operands, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    y, final, before = ops.empty_outputs()
+    state = ops.state_in(torch.zeros_like(final) if initial_state is None else initial_state)
+    for time, chunks in ops.blocks():
+        out, before[:, chunks], state = _block_forward(ops.block(time), state)
+        out = ops.to_time(out, time)
+        if ops.D is not None:
+            out = out + ops.D.float().unsqueeze(-1) * ops.x[:, time].float()
+        y[:, time] = out if ops.z is None else out * F.silu(ops.z[:, time].float())
+    return y, final.copy_(state.view(final.shape)), before
+
+
+@dataclass
+class _Gradients:
+    """Gradients of the op's inputs; those of absent ones are empty."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    z: Tensor
+    dt_bias: Tensor
+    initial: Tensor
+
+    @classmethod
+    def zeros(cls, ops: _Operands) -> _Gradients:
+        """Accumulators for sums, and uninitialised memory for what is written once."""
+        batch, _, heads, p = ops.x.shape
+        fp32, new = torch.float32, ops.x.new_zeros
+        return cls(
+            x=torch.empty_like(ops.x),
+            dt=torch.empty_like(ops.dt),
+            A=new(heads, dtype=fp32),
+            B=torch.empty_like(ops.B),
+            C=torch.empty_like(ops.C),
+            D=new(heads if ops.D is not None else 0, dtype=fp32),
+            z=torch.empty_like(ops.z) if ops.z is not None else new(0),
+            dt_bias=new(heads if ops.dt_bias is not None else 0, dtype=fp32),
+            initial=new((batch, heads, p, ops.n), dtype=fp32),
+        )
+
+    def in_order(self) -> tuple[Tensor, ...]:
+        """As the backward op returns them."""
+        return self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial
+
+
+def _backward(ops: _Operands, dy: Tensor, dfinal: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+    grads = _Gradients.zeros(ops)
+    state = ops.state_in(dfinal)
+    for time, chunks in reversed(ops.blocks()):
+        state = _accumulate(ops, grads, time, dy[:, time].float(), state, before[:, chunks])
+    grads.initial.copy_(state.view(grads.initial.shape))
+    return grads.in_order()
+
+
+def _accumulate(ops: _Operands, grads: _Gradients, time: slice, dout: Tensor, dstate: Tensor, before: Tensor) -> Tensor:
+    """Adds one block's gradients; returns the gradient of the state before it."""
+    block, x = ops.block(time), ops.x[:, time].float()
+    dy = dout
+    if ops.z is not None:
+        gate = ops.z[:, time].float()
+        s = torch.sigmoid(gate)
+        y = ops.to_time(block.outputs(before), time)
+        y = y if ops.D is None else y + ops.D.float().unsqueeze(-1) * x
+        grads.z[:, time] = dout * y * s * (1 + gate * (1 - s))
+        dy = dout * gate * s
+    found = _block_backward(block, before, ops.grouped(dy), dstate)
+    dx = ops.to_time(found.x, time)
+    if ops.D is not None:
+        dx = dx + ops.D.float().unsqueeze(-1) * dy
+        grads.D += (dy * x).sum((0, 1, 3))
+    grads.x[:, time] = dx
+    grads.A += (found.a * block.dt).sum((0, 1, 4)).flatten()
+    dsoft = found.dt + found.a * block.A.unsqueeze(-1)
+    raw = ops.raw_dt(time)
+    soft = F.softplus(raw)
+    inside = (soft >= ops.dt_min) & (soft <= ops.dt_max)
+    ddt = ops.to_time(dsoft.transpose(-1, -2), time) * torch.sigmoid(raw) * inside
+    grads.dt[:, time] = ddt
+    if ops.dt_bias is not None:
+        grads.dt_bias += ddt.sum((0, 1))
+    length = time.stop - time.start
+    grads.B[:, time] = found.B.transpose(2, 3).flatten(1, 2)[:, :length]
+    grads.C[:, time] = found.C.transpose(2, 3).flatten(1, 2)[:, :length]
+    return found.initial
+
+
+# -- custom operators: opaque to torch.compile, with gradients ------------------------------------------------------------------------------
+
+_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? starts"
+_OPTIONS = "int chunk_size, float dt_min, float dt_max"
+
+
+@torch.library.custom_op(
+    "mamba_pretrain::ssd_scan_forward",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor? initial_state, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def forward(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+    """y (b, l, h, p), the final state (b, h, p, n), and the states before chunks that the backward pass starts from."""
+    with without_autocast(x):
+        return _forward(_Operands(x, dt, A, B, C, D, z, dt_bias, starts, chunk_size, dt_min, dt_max), initial_state)
+
+
+@torch.library.custom_op(
+    "mamba_pretrain::ssd_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor dfinal, {_INPUTS}, Tensor before, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, before, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+    """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state); empty tensors for absent inputs."""
+    with without_autocast(x):
+        return _backward(_Operands(x, dt, A, B, C, D, z, dt_bias, starts, chunk_size, dt_min, dt_max), dy, dfinal, before)
+
+
+@forward.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+    return _Operands(x, dt, A, B, C, D, z, dt_bias, starts, chunk_size, dt_min, dt_max).empty_outputs()
+
+
+@backward.register_fake
+def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, before, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+    return _Gradients.zeros(_Operands(x, dt, A, B, C, D, z, dt_bias, starts, chunk_size, dt_min, dt_max)).in_order()
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, initial_state, chunk_size, dt_min, dt_max = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.has_initial = initial_state is not None
+    ctx.options = chunk_size, dt_min, dt_max
+    ctx.mark_non_differentiable(output[2])
+
+
+def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]
+    *inputs, before = ctx.saved_tensors
+    found = backward(dy, dfinal, *inputs, before, *ctx.options)
+    present = [*(t is not None for t in inputs[:-1]), ctx.has_initial]
+    return (
+        *(g if there else None for g, there in zip(found[:8], present[:8], strict=True)),
+        None,
+        found[8] if present[8] else None,
+        None,
+        None,
+        None,
+    )
+
+
+forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -93,7 +93,7 @@ class TokenTable(nn.Module):
             return F.embedding(x, self.weight)
         if labels is None:
             return F.linear(x, self.weight)[..., : self.vocab_size]
-        return linear_cross_entropy(x, self.weight[: self.vocab_size], labels)
+        return linear_cross_entropy(x, self.weight, labels, valid_vocab=self.vocab_size)
 
     def parameter_policy(self) -> Policies:
         """Embeddings decay like projections."""

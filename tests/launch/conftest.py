@@ -76,11 +76,15 @@ class Job:
     def wait(self, what: str, condition: Callable[[], Any], seconds: float = 40) -> Any:
         """Waits, not letting a requeued job sit out Slurm's two minutes of delay."""
 
+        updated: dict[str, float] = {}
+
         def look() -> Any:
             for job in self.ids:
                 known = self.slurm.job(job)
-                if known.get("JobState") == "PENDING" and known.get("Reason") == "BeginTime":  # while COMPLETING the change would be lost
+                waiting = known.get("JobState") == "PENDING" and known.get("Reason") == "BeginTime"  # while COMPLETING it would be lost
+                if waiting and time.monotonic() - updated.get(job, 0.0) > 3.0:  # each change makes the scheduler look at the job anew
                     self.slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+                    updated[job] = time.monotonic()
             return condition()
 
         try:

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,3 +163,40 @@ def newest_log(run_dir: Path) -> Path | None:
     """The Slurm log written to last."""
     logs = sorted((run_dir / "logs").glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     return logs[-1] if logs else None
+
+
+def follow_log(run_dir: Path, lines: int, follow: bool, poll: float = 1.0) -> Iterator[str]:
+    """The last ``lines`` of the newest log, then, when following, what is added to it and to the logs of later jobs."""
+    current = newest_log(run_dir)
+    if current is None and not follow:
+        active = Ledger(run_dir).active_jobs()
+        raise UserError(f"{run_dir} has no log yet; " + (f"job {', '.join(active)} has not started" if active else "submit it first"))
+    position = 0
+    if current is not None:
+        text = current.read_text(errors="replace")
+        position = len(text.encode())
+        yield "".join(text.splitlines(keepends=True)[-lines:])
+    while follow:
+        newest = newest_log(run_dir)
+        if newest is not None and newest != current:
+            current, position = newest, 0
+        if current is not None:
+            with current.open("rb") as file:
+                file.seek(position)
+                added = file.read()
+            position += len(added)
+            if added:
+                yield added.decode(errors="replace")
+        if Ledger(run_dir).ended() is not None and not Ledger(run_dir).active_jobs():
+            return
+        time.sleep(poll)
+
+
+def cancel(run_dir: Path) -> list[str]:
+    """Cancels all jobs of a run that are in the queue, followers first, and returns their ids."""
+    ledger = Ledger(run_dir)
+    slurm = ledger.slurm()
+    jobs = list(ledger.active_jobs())
+    for job in reversed(jobs):
+        slurm.run("scancel", job)
+    return jobs

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from data_tools.errors import UserError
@@ -126,10 +127,14 @@ class LocalCluster:
             for pid in self.node_processes(node):
                 _signal(pid, signal.SIGKILL)
         for name in ("slurmctld", "munged"):
-            pid = _read_pid(self.folder / f"{name}.pid")
-            if pid is not None:
-                _signal(pid, signal.SIGTERM)
-                _wait(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 15)  # type: ignore[misc]
+            self._stop_daemon(self.folder / f"{name}.pid")
+
+    @staticmethod
+    def _stop_daemon(pid_file: Path) -> None:
+        pid = _read_pid(pid_file)
+        if pid is not None:
+            _signal(pid, signal.SIGTERM)
+            _wait(lambda: not Path(f"/proc/{pid}").exists(), 15)
 
     def start_node(self, node: str) -> None:
         """Starts the node's daemon; also brings a killed node back."""
@@ -241,7 +246,7 @@ def _signal(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def _wait(condition, seconds: float) -> bool:  # type: ignore[no-untyped-def]
+def _wait(condition: Callable[[], object], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():

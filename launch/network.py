@@ -13,6 +13,8 @@ FLIGHT_RECORDER: Variables = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
 }
 
+FLIGHT_RECORDER_FILES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # the new name and the old one
+
 NETWORKS: dict[str, Variables] = {
     "infiniband": {
         "NCCL_IB_HCA": "mlx5",  # data goes over the InfiniBand adapters, not over an Ethernet port that also speaks RDMA

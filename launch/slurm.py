@@ -13,6 +13,7 @@ from launch import network
 from launch.config import ClusterConfig
 
 TEMPLATES = Path(__file__).parent / "templates"
+NEXT_LINE = "\\\n    "
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def render_job(cluster: ClusterConfig, place: JobPlace) -> str:
         task_prefix=task_prefix(cluster, place),
         python=shlex.quote(interpreter(cluster)),
         health_options=health_options(cluster),
-        forwarded_variables="|".join(["MAMBA_PRETRAIN_[A-Z_]*", "LD_LIBRARY_PATH", "PATH", *exports(cluster)]),
+        forwarded_variables=["MAMBA_PRETRAIN_[A-Z_]*|LD_LIBRARY_PATH|PATH", "|".join(exports(cluster))],
     )
 
 
@@ -72,8 +73,8 @@ def render_data(cluster: ClusterConfig, place: JobPlace, command: str, tasks: in
         project_dir=str(place.project_dir),
         sbatch_options=[f"--job-name={_job_name(place.name)}", *options],
         setup_lines=setup_lines(cluster),
-        exports=exports(cluster),
-        task_prefix=f"srun {task_prefix(cluster, place)}".strip() + " ",
+        exports=data_exports(cluster),
+        task_prefix=f"srun {task_prefix(cluster, place)}",
         command=command,
     )
 
@@ -144,20 +145,24 @@ def setup_lines(cluster: ClusterConfig) -> list[str]:
 
 
 def exports(cluster: ClusterConfig) -> dict[str, str]:
-    """Variables of the job, quoted for the shell: network, threads, caches on the node's own disk, Hugging Face."""
+    """Variables of a training job, quoted for the shell: network, threads, caches on the node's own disk, Hugging Face."""
     found = {key: shlex.quote(value) for key, value in network.variables(cluster).items()}
-    found["OMP_NUM_THREADS"] = str(cluster.cpus_per_rank)
-    # Compiled kernels: a shared file system would see every rank lock and read thousands of small files at once.
-    for key, folder in (
-        ("TRITON_CACHE_DIR", "triton"),
-        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
-        ("CUDA_CACHE_PATH", "cuda"),
-        ("MAMBA_PRETRAIN_CACHE", "kernels"),
-    ):
-        found[key] = f'"{cluster.cache_dir}/{folder}"'
+    # Compiled kernels: on a shared file system every rank would lock and read thousands of small files at once.
+    caches = {
+        "TRITON_CACHE_DIR": "triton",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "CUDA_CACHE_PATH": "cuda",
+        "MAMBA_PRETRAIN_CACHE": "kernels",
+    }
+    found |= {key: f'"{cluster.cache_dir}/{folder}"' for key, folder in caches.items()}
     if cluster.gpus_per_node:
-        found["TORCH_FR_DUMP_TEMP_FILE"] = '"$RUN/logs/nccl-trace-rank-"'
-        found["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = '"$RUN/logs/nccl-trace-rank-"'
+        found |= dict.fromkeys(network.FLIGHT_RECORDER_FILES, '"$RUN/logs/nccl-trace-rank-"')
+    return found | data_exports(cluster)
+
+
+def data_exports(cluster: ClusterConfig) -> dict[str, str]:
+    """Variables of every job: threads, Hugging Face's cache, and the user's own, which win."""
+    found = {"OMP_NUM_THREADS": str(cluster.cpus_per_rank)}
     if cluster.hf_home:
         found |= {"HF_HOME": shlex.quote(cluster.hf_home), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return found | {key: shlex.quote(value) for key, value in cluster.environment.variables.items()}
@@ -168,17 +173,13 @@ def task_prefix(cluster: ClusterConfig, place: JobPlace) -> str:
     container = cluster.container
     if container is None:
         return ""
-    mounts = [*container.mounts, f"{place.project_dir}:{place.project_dir}", f"{place.run_dir}:{place.run_dir}"]
+    mounts = ",".join([*container.mounts, f"{place.project_dir}:{place.project_dir}", f"{place.run_dir}:{place.run_dir}"])
     if container.runtime == "pyxis":
-        parts = [
-            f"--container-image={container.image}",
-            f"--container-mounts={','.join(mounts)}",
-            f"--container-workdir={place.project_dir}",
-        ]
+        lines = [[f"--container-image={container.image}"], [f"--container-mounts={mounts}"], [f"--container-workdir={place.project_dir}"]]
     else:
         nvidia = ["--nv"] if cluster.gpus_per_node else []
-        parts = ["apptainer", "exec", *nvidia, "--bind", ",".join(mounts), "--pwd", str(place.project_dir), container.image]
-    return shlex.join(parts) + " "
+        lines = [["apptainer", "exec", *nvidia, "--pwd", str(place.project_dir)], ["--bind", mounts], [container.image]]
+    return "".join(f"{shlex.join(line)} {NEXT_LINE}" for line in lines)
 
 
 def interpreter(cluster: ClusterConfig) -> str:
@@ -188,12 +189,15 @@ def interpreter(cluster: ClusterConfig) -> str:
     return environment.python or ("python" if brought else sys.executable)
 
 
-def health_options(cluster: ClusterConfig) -> str:
-    """Options of ``python -m launch.health``."""
+def health_options(cluster: ClusterConfig) -> list[str]:
+    """Options of ``python -m launch.health``, as two lines of the script."""
     health = cluster.health
-    names = ("gemm_size", "memory_gb", "bandwidth_mb", "slow_ratio", "min_disk_gb", "max_clock_skew", "timeout")
-    options = [f"--{name.replace('_', '-')} {getattr(health, name)}" for name in names]
-    return " ".join([*options, f'--cache-dir "{cluster.cache_dir}"'])
+
+    def line(*names: str) -> str:
+        return " ".join(f"--{name.replace('_', '-')} {getattr(health, name):g}" for name in names)
+
+    first = line("gemm_size", "memory_gb", "bandwidth_mb", "slow_ratio")
+    return [first, line("min_disk_gb", "max_clock_skew", "timeout") + f' --cache-dir "{cluster.cache_dir}"']
 
 
 def _render(template: str, **values: Any) -> str:

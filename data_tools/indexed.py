@@ -1,0 +1,182 @@
+"""The Megatron ``.bin``/``.idx`` format: the only place that knows its bytes.
+
+``.bin`` holds raw token ids. ``.idx`` holds, little-endian: magic, version (u64), dtype code (u8), sequence count (u64), document count (u64),
+sequence lengths (i32), byte pointers into the ``.bin`` (i64), document indices (i64; the sequence at which each document begins, and the end).
+Here every document is one sequence, as Megatron-LM's own preprocessing writes it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from data_tools.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
+UINT16_VOCABULARY = 65_500  # Megatron-LM's own limit for two-byte ids
+
+
+def best_dtype(vocab_size: int) -> np.dtype:
+    """uint16 for vocabularies of up to 65,500 tokens, else int32: Megatron-LM's choice."""
+    return np.dtype(np.uint16 if vocab_size <= UINT16_VOCABULARY else np.int32)
+
+
+def paths(prefix: str | Path) -> tuple[Path, Path]:
+    """The ``.bin`` and ``.idx`` of a prefix."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+def index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
+    """The whole ``.idx`` for documents of these lengths."""
+    lengths = np.ascontiguousarray(lengths, dtype=np.int32)
+    pointers = np.zeros(len(lengths), dtype=np.int64)
+    np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
+    pointers *= dtype.itemsize
+    documents = np.arange(len(lengths) + 1, dtype=np.int64)
+    header = HEADER.pack(MAGIC, VERSION, CODES[dtype], len(lengths), len(documents))
+    return b"".join([header, lengths.tobytes(), pointers.tobytes(), documents.tobytes()])
+
+
+class IndexedWriter:
+    """Writes one ``.bin``/``.idx`` pair; memory holds the lengths only.
+
+    Files are written under temporary names and renamed when the writer is closed without an error, the ``.bin`` first: an ``.idx`` under its
+    final name always has a whole ``.bin``.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type[np.generic]) -> None:
+        self.bin_path, self.idx_path = paths(prefix)
+        self.dtype = np.dtype(dtype)
+        self._lengths: list[np.ndarray] = []
+        self._temporary = self.bin_path.with_name(f".tmp-{self.bin_path.name}")
+        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._temporary.open("wb")
+
+    def add(self, tokens: np.ndarray, lengths: Iterable[int] | np.ndarray) -> None:
+        """Appends documents: their tokens one after another, and how many each has."""
+        counts = np.asarray(lengths, dtype=np.int32)
+        if int(counts.sum()) != len(tokens):
+            raise ValueError(f"lengths sum to {int(counts.sum())}, but there are {len(tokens)} tokens")
+        self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self._lengths.append(counts)
+
+    def close(self) -> None:
+        """Forces both files to disk and gives them their names."""
+        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, dtype=np.int32)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        index = self.idx_path.with_name(f".tmp-{self.idx_path.name}")
+        with index.open("wb") as file:
+            file.write(index_bytes(lengths, self.dtype))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self._temporary, self.bin_path)
+        os.replace(index, self.idx_path)
+
+    def abort(self) -> None:
+        """Leaves nothing behind."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+class IndexedDataset:
+    """Reads one pair. Opening maps the index without reading it: a shard of a billion documents opens at once.
+
+    ``lengths`` (i32), ``pointers`` (i64, bytes) and ``documents`` (i64) are read-only arrays over the file.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self.bin_path, self.idx_path = paths(prefix)
+        for path in (self.bin_path, self.idx_path):
+            if not path.is_file():
+                raise UserError(f"{path} does not exist; tokenize again, or copy the whole dataset folder")
+        size = self.idx_path.stat().st_size
+        with self.idx_path.open("rb") as file:
+            head = file.read(HEADER.size)
+        if len(head) < HEADER.size or not head.startswith(MAGIC):
+            raise UserError(f"{self.idx_path} is not a Megatron index (its first bytes are wrong); tokenize again")
+        _, version, code, n_sequences, n_documents = HEADER.unpack(head)
+        if version != VERSION or code not in DTYPES:
+            raise UserError(f"{self.idx_path} has version {version} and dtype code {code}, which are unknown; tokenize again")
+        expected = HEADER.size + 12 * n_sequences + 8 * n_documents
+        if size != expected:
+            raise UserError(
+                f"{self.idx_path} has {size} bytes instead of {expected}: it is truncated or damaged; copy it again or tokenize again"
+            )
+        self.dtype = np.dtype(DTYPES[code])
+        mapped = np.memmap(self.idx_path, mode="r", dtype=np.uint8) if size else np.zeros(0, dtype=np.uint8)
+        ends = np.cumsum([HEADER.size, 4 * n_sequences, 8 * n_sequences, 8 * n_documents])
+        self.lengths: np.ndarray = mapped[ends[0] : ends[1]].view(np.int32)
+        self.pointers: np.ndarray = mapped[ends[1] : ends[2]].view(np.int64)
+        self.documents: np.ndarray = mapped[ends[2] : ends[3]].view(np.int64)
+        self.n_tokens = int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1]) if n_sequences else 0
+        found = self.bin_path.stat().st_size
+        if found != self.n_tokens * self.dtype.itemsize:
+            raise UserError(
+                f"{self.bin_path} has {found} bytes, but its index describes {self.n_tokens * self.dtype.itemsize}: it is truncated or damaged; "
+                "copy it again or tokenize again"
+            )
+        self._file: int | None = None
+
+    def __len__(self) -> int:
+        """Documents."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The tokens of document ``index``."""
+        return self.read(int(self.pointers[index]) // self.dtype.itemsize, int(self.lengths[index]))
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """``count`` tokens from token ``first`` of the ``.bin``, in the file's dtype."""
+        data = os.pread(self.descriptor, count * self.dtype.itemsize, first * self.dtype.itemsize)
+        if len(data) != count * self.dtype.itemsize:
+            raise UserError(
+                f"{self.bin_path} ended early at token {first + len(data) // self.dtype.itemsize}; it changed while it was read"
+            )
+        return np.frombuffer(data, dtype=self.dtype)
+
+    @property
+    def descriptor(self) -> int:
+        """The ``.bin``'s file descriptor, opened at first use in this process."""
+        if self._file is None:
+            self._file = os.open(self.bin_path, os.O_RDONLY)
+        return self._file
+
+    def document_starts(self) -> np.ndarray:
+        """First token of each document (a new array)."""
+        return self.pointers // self.dtype.itemsize
+
+    def close(self) -> None:
+        """Closes the ``.bin``."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None

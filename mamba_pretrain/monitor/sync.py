@@ -101,8 +101,8 @@ class WandbUploader:
             raise UserError(f"W&B cannot be reached for run {identity}: {' '.join(str(error).split())}; log in with wandb login") from error
 
     def last_step(self) -> int:
-        """The step the server would give the next row, less one."""
-        return self._run.step - 1 if self._run.resumed else -1
+        """The step before the one at which a resumed run goes on, which wandb reads from the server."""
+        return self._run.starting_step - 1 if self._run.resumed else -1
 
     def log(self, step: int, time: float, values: dict[str, Any]) -> None:
         """One history row, with the time the step was made rather than sent."""

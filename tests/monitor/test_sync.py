@@ -27,6 +27,9 @@ class FakeWandb(ThreadingHTTPServer):
         self.history: dict[str, dict[int, dict[str, Any]]] = {}
         self.projects: set[str] = set()
 
+    def handle_error(self, *arguments: object) -> None:
+        """The client hangs up when it is done: no matter."""
+
     def rows(self, run: str) -> list[dict[str, Any]]:
         """History rows of a run, by line."""
         lines = self.history.get(run, {})

@@ -46,6 +46,12 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     raise AssertionError(f"waited {seconds:.0f} s for {what}")
 
 
+@pytest.fixture
+def eventually() -> Callable[..., Any]:
+    """``eventually(condition)`` waits until it holds."""
+    return lambda condition, seconds=40.0: wait_for(condition, seconds, "the condition")
+
+
 @dataclass
 class Job:
     """A submitted run and what can be asked of it."""

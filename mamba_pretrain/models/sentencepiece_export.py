@@ -48,6 +48,8 @@ def to_tokenizers(proto: Any, source: str) -> Tokenizer:
     steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", leading, 0)] if leading else steps)
     tokenizer.add_special_tokens([AddedToken(p.piece, special=True, normalized=False) for p in proto.pieces if p.type == _CONTROL])
+    if proto.trainer_spec.model_type == _UNIGRAM and any(set(symbol) == {_SPACE} for symbol in symbols):
+        raise UserError(f"{source} is a unigram model with user-defined runs of spaces, which only SentencePiece splits its way; use bpe instead")
     if proto.trainer_spec.model_type == _BPE:
         tokenizer.add_tokens([AddedToken(symbol, special=False, normalized=True) for symbol in symbols])
     tokenizer.encode_special_tokens = True  # as in SentencePiece, "<s>" in a text is four letters, not the control token
@@ -68,8 +70,7 @@ def _model(proto: Any, source: str) -> Any:
 
 def _scores(proto: Any) -> list[tuple[str, float]]:
     """Unigram scores as SentencePiece's search uses them: a user-defined symbol beats all else, a control or byte piece is never text."""
-    best = max(p.score for p in proto.pieces if p.type == _NORMAL)
-    scores = {_NORMAL: lambda p: p.score, _USER_DEFINED: lambda p: best-0.1}
+    scores = {_NORMAL: lambda p: p.score, _USER_DEFINED: lambda p: 0.0}
     return [(p.piece, scores.get(p.type, lambda p: _NEVER)(p)) for p in proto.pieces]
 
 

@@ -47,7 +47,7 @@ def test_scontrol_requeue_saves_and_continues(start: Callable) -> None:
 def test_preemption_saves_and_continues(start: Callable, cluster: LocalCluster) -> None:
     job = start({"steps": 100000})
     job.wait_started(1)
-    urgent = cluster.command("sbatch", "--parsable", "-p", "urgent", "-N", "3", "--exclusive", "--wrap", "sleep 3")
+    urgent = cluster.command("sbatch", "--parsable", "-p", "urgent", "-N", "3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
     assert job.wait_started(2, seconds=90)[1]["from"] > 0
     cluster.command("scancel", urgent)
 

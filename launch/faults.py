@@ -1,4 +1,4 @@
-"""Faults for a run on the local test cluster: what clusters do to long jobs, on demand. Used by the tests, the chaos run and the benchmark."""
+"""Faults for a run on the local test cluster: what clusters do to long jobs, for the tests, the chaos run and the benchmark."""
 
 from __future__ import annotations
 

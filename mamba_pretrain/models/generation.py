@@ -12,6 +12,7 @@ from torch import Tensor
 from data_tools.errors import UserError
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.models.mixer import State
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,17 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0.0)
-Pick = Callable[[Tensor], Tensor]
+_EOS_INTERVAL = {"cpu": 1, "cuda": 16}  # steps between looks whether all rows have ended; on a GPU each look waits for it
 
 
-def picker(sampling: Sampling, device: torch.device) -> Pick:
-    """A function from logits (b, vocab) to the chosen tokens (b,). Draws come from a seeded generator on the CPU, whatever the device."""
+def pick(logits: Tensor, sampling: Sampling, draw: Tensor) -> Tensor:
+    """Tokens (b,) chosen from ``logits`` (b, vocab); ``draw`` (b,) is uniform in [0, 1) and unused when greedy."""
     if sampling.temperature == 0:
-        return lambda logits: logits.argmax(-1)
-    generator = torch.Generator("cpu").manual_seed(sampling.seed)
-
-    def pick(logits: Tensor) -> Tensor:
-        probabilities = torch.softmax(filtered(logits.float() / sampling.temperature, sampling), dim=-1)
-        # One uniform number per row against the cumulated distribution.
-        threshold = torch.rand(logits.shape[0], 1, generator=generator).to(device)
-        cumulated = probabilities.cumsum(-1)
-        return torch.searchsorted(cumulated, threshold * cumulated[:, -1:], right=True).clamp(max=logits.shape[-1] - 1).squeeze(-1)
-
-    return pick
+        return logits.argmax(-1)
+    cumulated = torch.softmax(filtered(logits.float() / sampling.temperature, sampling), dim=-1).cumsum(-1)
+    # Each row's number is looked up in its own cumulated distribution, whose last entry is 1 up to rounding.
+    chosen = torch.searchsorted(cumulated, (draw * cumulated[:, -1]).unsqueeze(-1), right=True)
+    return chosen.clamp(max=logits.shape[-1] - 1).squeeze(-1)
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -74,13 +69,14 @@ def generate(
     sampling: Sampling = GREEDY,
     eos_id: int | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    cuda_graph: bool = True,
 ) -> list[list[int]]:
     """Continues each prompt (token ids) by up to ``max_new_tokens`` tokens; returns the new tokens, ``eos_id`` included where it was drawn.
 
     Prompts of different lengths share a batch without padding: the common length is read at once, and from there on a row takes its own
-    prompt's tokens until they end. ``dtype`` is that of cached activations. Under a sharding engine pass no ``eos_id``: the number of
-    forward passes is then the same on every rank. Raises UserError for an empty prompt or a token outside the vocabulary.
+    prompt's tokens until they end. Random numbers come from a seeded generator on the CPU, whatever the device. Under a sharding engine
+    pass no ``eos_id`` and no ``cuda_graph``: the number of forward passes is then the same on every rank. Raises UserError for an empty
+    prompt or a token outside the vocabulary.
     """
     check_prompts(prompts, model.config.vocab_size)
     device = torch.device(device)
@@ -89,21 +85,33 @@ def generate(
     tokens = torch.zeros(len(prompts), total, dtype=torch.int64)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
+    draws = torch.rand(total, len(prompts), generator=torch.Generator("cpu").manual_seed(sampling.seed)).to(device)
     tokens, ends = tokens.to(device), torch.tensor(lengths, device=device)
-    pick, state = picker(sampling, device), model.new_state(len(prompts), total, device, dtype)
+    state = model.new_state(len(prompts), total, device, model.embedding.weight.dtype)
+    logits = model(tokens[:, :shortest], state=state, only_last=True)[:, -1]
+    step = _stepper(model, state, len(prompts), device, cuda_graph)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    fed = tokens[:, :shortest]
     for position in range(shortest, total):
-        chosen = pick(model(fed, state=state, only_last=True)[:, -1])
+        chosen = pick(logits, sampling, draws[position])
         tokens[:, position] = torch.where(position < ends, tokens[:, position], chosen)
-        fed = tokens[:, position : position + 1]
+        if position == total - 1:
+            break
         if eos_id is not None:
-            done |= (position >= ends) & (fed[:, 0] == eos_id)
+            done |= (position >= ends) & (tokens[:, position] == eos_id)
             done |= position - ends + 1 >= max_new_tokens
-            if bool(done.all()):
+            if position % _EOS_INTERVAL[device.type] == 0 and bool(done.all()):
                 break
+        logits = step(tokens[:, position : position + 1])
     rows = [row[n : n + max_new_tokens] for row, n in zip(tokens.tolist(), lengths, strict=True)]
     return rows if eos_id is None else [_until(row, eos_id) for row in rows]
+
+
+def _stepper(model: LanguageModel, state: list[State], batch: int, device: torch.device, cuda_graph: bool) -> Callable[[Tensor], Tensor]:
+    if cuda_graph and device.type == "cuda":
+        from mamba_pretrain.models.cuda_graph import GraphedStep
+
+        return GraphedStep(model, state, batch, device)
+    return lambda token: model(token, state=state, only_last=True)[:, -1]
 
 
 def _until(row: list[int], eos_id: int) -> list[int]:
@@ -123,12 +131,18 @@ def check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
             )
 
 
-def load_model(config: ModelConfig, weights: dict[str, Tensor], device: torch.device | str = "cpu") -> LanguageModel:
-    """A model with ``weights`` (by our names) on ``device``, ready for inference."""
+def load_model(
+    config: ModelConfig, weights: dict[str, Tensor], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """A model with ``weights`` (by our names) on ``device``, ready for inference.
+
+    ``dtype`` is that of projections, convolutions and the embedding; parameters that must compute in fp32 stay fp32.
+    """
     with torch.device("meta"):
         model = LanguageModel(config)
-    model.to_empty(device=device)
-    model.load_state_dict(weights)
+    policies = model.parameter_policies()
+    cast = {name: tensor.to(device, torch.float32 if policies[name].fp32 else dtype) for name, tensor in weights.items()}
+    model.load_state_dict(cast, assign=True)
     return model.eval().requires_grad_(False)
 
 

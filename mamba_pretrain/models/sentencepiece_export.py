@@ -49,7 +49,9 @@ def to_tokenizers(proto: Any, source: str) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", leading, 0)] if leading else steps)
     tokenizer.add_special_tokens([AddedToken(p.piece, special=True, normalized=False) for p in proto.pieces if p.type == _CONTROL])
     if proto.trainer_spec.model_type == _UNIGRAM and any(set(symbol) == {_SPACE} for symbol in symbols):
-        raise UserError(f"{source} is a unigram model with user-defined runs of spaces, which only SentencePiece splits its way; use bpe instead")
+        raise UserError(
+            f"{source} is a unigram model with user-defined runs of spaces, which only SentencePiece splits its way; use bpe instead"
+        )
     if proto.trainer_spec.model_type == _BPE:
         tokenizer.add_tokens([AddedToken(symbol, special=False, normalized=True) for symbol in symbols])
     tokenizer.encode_special_tokens = True  # as in SentencePiece, "<s>" in a text is four letters, not the control token

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from data_tools.errors import UserError
-from mamba_pretrain.models.generation import Sampling, filtered, generate, picker
+from mamba_pretrain.models.generation import Sampling, filtered, generate, load_model, pick
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.models.pretrained import export_pretrained
 
@@ -80,10 +80,28 @@ def test_sampling_is_seeded(small_config, randomized):
     assert generate(model, PROMPTS, 20, Sampling(top_p=1e-6)) == generate(model, PROMPTS, 20)
 
 
+def test_a_model_in_bf16_keeps_what_must_be_fp32(small_config, randomized):
+    for kind in KINDS:
+        model = randomized(small_config(kind))
+        low = load_model(model.config, model.state_dict(), dtype=torch.bfloat16)
+        policies = model.parameter_policies()
+        for name, parameter in low.named_parameters():
+            assert parameter.dtype == (torch.float32 if policies[name].fp32 else torch.bfloat16), name
+        tokens = torch.randint(0, 61, (2, 12))
+        assert (low(tokens).float() - model(tokens)).abs().max() < 0.1
+        assert len(generate(low, PROMPTS, 5)[0]) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replayed_step_equals_the_plain_one(kind, small_config, randomized):
+    model = load_model(small_config(kind), randomized(small_config(kind)).state_dict(), "cuda")
+    assert generate(model, PROMPTS, 40, device="cuda") == generate(model, PROMPTS, 40, device="cuda", cuda_graph=False)
+
+
 def test_draws_follow_the_distribution():
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    pick = picker(Sampling(seed=3), torch.device("cpu"))
-    drawn = pick(probabilities.log().expand(20_000, 4))
+    drawn = pick(probabilities.log().expand(20_000, 4), Sampling(), torch.rand(20_000, generator=torch.Generator().manual_seed(3)))
     counts = torch.bincount(drawn, minlength=4) / 20_000
     assert counts[1] == 0
     assert (counts - probabilities).abs().max() < 0.02

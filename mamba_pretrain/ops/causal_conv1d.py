@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from data_tools.errors import UserError
 from mamba_pretrain.ops import registry
-from mamba_pretrain.ops.common import document_starts
+from mamba_pretrain.ops.common import document_starts, row_blocks, silu_backward
 
 
 def causal_conv1d(
@@ -55,21 +58,11 @@ def reference(
     initial_state: Tensor | None,
     return_final_state: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Shifted multiply-adds."""
-    length, taps = x.shape[1], weight.shape[1]
-    history = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
-    padded = torch.cat([history, x], dim=1)
+    """Shifted multiply-adds in fp32, block by block of time; the backward pass recomputes what precedes the activation."""
+    history = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
     document = _document_numbers(seq_idx)
-    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for k in range(taps):
-        shifted = padded[:, k : k + length].float()
-        y = y + weight[:, k].float() * _same_document(shifted, document, taps - 1 - k)
-    if bias is not None:
-        y = y + bias.float()
-    y = (F.silu(y) if activation == "silu" else y).to(x.dtype)
-    if not return_final_state:
-        return y
-    return y, _final_inputs(padded, document, taps - 1)
+    y = forward(x, weight, bias, document, history, activation == "silu")
+    return (y, _final_inputs(x, history, document)) if return_final_state else y
 
 
 def _document_numbers(seq_idx: Tensor | None) -> Tensor | None:
@@ -78,17 +71,118 @@ def _document_numbers(seq_idx: Tensor | None) -> Tensor | None:
     return None if starts is None else starts.cumsum(1)
 
 
-def _same_document(shifted: Tensor, document: Tensor | None, reach: int) -> Tensor:
-    """Zeroes inputs that lie ``reach`` steps back in another document."""
-    if document is None or reach == 0:
-        return shifted
-    source = F.pad(document, (reach, 0))[:, : document.shape[1]]
-    return shifted.masked_fill((source != document).unsqueeze(-1), 0.0)
-
-
-def _final_inputs(padded: Tensor, document: Tensor | None, taps: int) -> Tensor:
-    final = padded[:, padded.shape[1] - taps :]
+def _final_inputs(x: Tensor, history: Tensor, document: Tensor | None) -> Tensor:
+    taps = history.shape[1]
+    final = torch.cat([history, x[:, max(0, x.shape[1] - taps) :]], dim=1)[:, -taps:] if taps else history
     if document is None:
-        return final.clone()
+        return final
     source = F.pad(document, (taps, 0))[:, document.shape[1] :]
     return final.masked_fill((source != document[:, -1:]).unsqueeze(-1), 0.0)
+
+
+@dataclass
+class _Window:
+    """Some steps of one row with the inputs that their taps reach, fp32."""
+
+    inputs: Tensor  # (w - 1 + steps, d)
+    weight: Tensor  # (w, d)
+    bias: Tensor | None
+    document: Tensor | None  # (w - 1 + steps,)
+
+    def __post_init__(self) -> None:
+        self.reach = len(self.weight) - 1
+        self.steps = len(self.inputs) - self.reach
+
+    def inside(self, seen: Tensor, k: int) -> Tensor:
+        """Zeroes the steps (of ``seen``, (steps, d)) at which tap k reaches into another document."""
+        if self.document is None or k == self.reach:
+            return seen
+        return seen.masked_fill((self.document[k : k + self.steps] != self.document[self.reach :]).unsqueeze(1), 0.0)
+
+    def tap(self, k: int) -> Tensor:
+        """What tap k sees at every step: (steps, d)."""
+        return self.inside(self.inputs[k : k + self.steps], k)
+
+    def sums(self) -> Tensor:
+        """The convolution before the activation: (steps, d)."""
+        y = self.tap(0) * self.weight[0]
+        for k in range(1, self.reach + 1):
+            y.addcmul_(self.tap(k), self.weight[k])
+        return y if self.bias is None else y.add_(self.bias)
+
+    def backward(self, dsums: Tensor, dweight: Tensor) -> Tensor:
+        """Gradient of ``inputs``; adds that of the weight (w, d) to ``dweight``."""
+        dinputs = torch.zeros_like(self.inputs)
+        for k in range(self.reach + 1):
+            dweight[k] += (dsums * self.tap(k)).sum(0)
+            dinputs[k : k + self.steps].addcmul_(self.inside(dsums, k), self.weight[k])
+        return dinputs
+
+
+def _windows(x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None, history: Tensor) -> Iterator[tuple[int, slice, _Window]]:
+    """(row, time, window) over the whole input."""
+    reach = history.shape[1]
+    taps, offset = weight.float().t().contiguous(), None if bias is None else bias.float()
+    for row in range(x.shape[0]):
+        for time in row_blocks(x.shape[1:], x.device):
+            first = max(0, time.start - reach)
+            missing = reach - (time.start - first)
+            inputs = torch.cat([history[row, reach - missing :], x[row, first : time.stop]]).float()
+            numbers = None if document is None else F.pad(document[row, first : time.stop], (missing, 0))
+            yield row, time, _Window(inputs, taps, offset, numbers)
+
+
+# -- custom operators: opaque to torch.compile, with gradients ------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mamba_pretrain::causal_conv1d_forward", mutates_args=())
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None, history: Tensor, silu: bool) -> Tensor:
+    """y (b, l, d) from x, the inputs before it (``history``, (b, w - 1, d)) and document numbers (b, l)."""
+    y = torch.empty_like(x)
+    for row, time, window in _windows(x, weight, bias, document, history):
+        sums = window.sums()
+        y[row, time] = F.silu(sums, inplace=True) if silu else sums
+    return y
+
+
+@torch.library.custom_op("mamba_pretrain::causal_conv1d_backward", mutates_args=())
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None, history: Tensor, silu: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias (zero where there is none) and history."""
+    reach = history.shape[1]
+    dpadded = torch.zeros(x.shape[0], reach + x.shape[1], x.shape[2], device=x.device)
+    dweight = torch.zeros(weight.shape[1], x.shape[2], device=x.device)
+    dbias = torch.zeros(x.shape[2], device=x.device)
+    for row, time, window in _windows(x, weight, bias, document, history):
+        dsums = dy[row, time].float()
+        if silu:
+            dsums = silu_backward(dsums, window.sums())
+        dbias += dsums.sum(0)
+        dpadded[row, time.start : time.stop + reach] += window.backward(dsums, dweight)
+    dx, dhistory = dpadded[:, reach:].to(x.dtype, copy=True), dpadded[:, :reach].to(history.dtype, copy=True)
+    return dx, dweight.t().to(weight.dtype, copy=True), dbias.to(weight.dtype, copy=True), dhistory
+
+
+@forward.register_fake
+def _(x, weight, bias, document, history, silu):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+@backward.register_fake
+def _(dy, x, weight, bias, document, history, silu):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(x.shape[2]), torch.empty_like(history)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
+    x, weight, bias, document, history = ctx.saved_tensors
+    dx, dweight, dbias, dhistory = backward(dy, x, weight, bias, document, history, ctx.silu)
+    return dx, dweight, None if bias is None else dbias, None, dhistory, None
+
+
+forward.register_autograd(_gradients, setup_context=_setup_context)

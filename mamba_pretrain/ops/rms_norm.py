@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba_pretrain.ops import registry
+from mamba_pretrain.ops.common import row_blocks, silu_backward
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -35,21 +36,78 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _normalise(s: Tensor, eps: float) -> Tensor:
-    return s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)
-
-
 @registry.register("rms_norm", "reference", priority=0)
 def reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """fp32 arithmetic."""
     s = x.float() if residual is None else x.float() + residual.float()
-    y = (_normalise(s, eps) * weight.float()).to(output_dtype(x))
+    y = F.rms_norm(s, (s.shape[-1],), weight.float(), eps).to(output_dtype(x))
     return y if residual is None else (y, s)
 
 
 @registry.register("gated_rms_norm", "reference", priority=0)
 def gated_reference(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int | None) -> Tensor:
-    """fp32 arithmetic."""
-    gated = x.float() * F.silu(z.float())
-    groups = gated.unflatten(-1, (-1, group_size or gated.shape[-1]))
-    return (_normalise(groups, eps).flatten(-2) * weight.float()).to(output_dtype(x))
+    """fp32 arithmetic, block by block of rows; the backward pass recomputes."""
+    rows, size = x.shape[:-1].numel(), group_size or x.shape[-1]
+    y = gated_forward(x.reshape(rows, -1), z.reshape(rows, -1), weight, eps, size, output_dtype(x))
+    return y.view(x.shape)
+
+
+# -- the gated norm's custom operators: opaque to torch.compile, with gradients -------------------------------------------------------------
+
+
+def _gated_parts(x: Tensor, z: Tensor, eps: float, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """silu(z); x * silu(z) divided by its root mean square; and one over that: (rows, d), (rows, groups, size), (rows, groups, 1), fp32."""
+    gate = F.silu(z)
+    groups = (x * gate).unflatten(-1, (-1, size))
+    scale = torch.linalg.vector_norm(groups, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+    return gate, groups.mul_(scale), scale
+
+
+@torch.library.custom_op("mamba_pretrain::gated_rms_norm_forward", mutates_args=())
+def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int, dtype: torch.dtype) -> Tensor:
+    """y in ``dtype``; ``x``, ``z`` (rows, d), groups of ``size`` channels."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    w = weight.float()
+    for rows in row_blocks(x.shape, x.device):
+        normalised = _gated_parts(x[rows].float(), z[rows].float(), eps, size)[1]
+        y[rows] = normalised.flatten(1).mul_(w)
+    return y
+
+
+@torch.library.custom_op("mamba_pretrain::gated_rms_norm_backward", mutates_args=())
+def gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, z and weight."""
+    dx, dz, w = torch.empty_like(x), torch.empty_like(z), weight.float()
+    dweight = torch.zeros(weight.shape, device=x.device)
+    for rows in row_blocks(x.shape, x.device):
+        value, raw_gate, dout = x[rows].float(), z[rows].float(), dy[rows].float()
+        gate, normalised, scale = _gated_parts(value, raw_gate, eps, size)
+        dweight += (dout * normalised.flatten(1)).sum(0)
+        dnormalised = (dout * w).unflatten(-1, (-1, size))
+        along = (dnormalised * normalised).mean(-1, keepdim=True)
+        dgated = dnormalised.sub_(normalised.mul_(along)).mul_(scale).flatten(1)
+        dx[rows] = dgated * gate
+        dz[rows] = silu_backward(dgated.mul_(value), raw_gate)
+    return dx, dz, dweight.to(weight.dtype)
+
+
+@gated_forward.register_fake
+def _(x, z, weight, eps, size, dtype):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, dtype=dtype)
+
+
+@gated_backward.register_fake
+def _(dy, x, z, weight, eps, size):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), torch.empty_like(z), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, z, weight, ctx.eps, ctx.size, _ = inputs
+    ctx.save_for_backward(x, z, weight)
+
+
+def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
+    return *gated_backward(dy, *ctx.saved_tensors, ctx.eps, ctx.size), None, None, None
+
+
+gated_forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -18,14 +18,14 @@ from mamba_pretrain.ops.common import without_autocast
 
 # Time steps handled by one matmul, and elements (batch x time x heads x chunk) of a block: on a CPU what stays in the cache pays.
 MAX_CHUNK = {"cpu": 64, "cuda": 128}
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 @dataclass
 class _Block:
-    """Operands of some chunks, fp32; g groups of r heads, T steps a chunk."""
+    """Operands of some chunks, fp32; g groups of r heads, T steps a chunk. Matrices over time are stored (from step j, to step i)."""
 
-    x: Tensor  # (b, c, g, T, r, p)
+    x: Tensor  # (b, c, T, g, r, p)
     dt: Tensor  # (b, c, g, r, T)
     A: Tensor  # (g, r)
     B: Tensor  # (b, c, g, T, n)
@@ -34,20 +34,19 @@ class _Block:
 
     def __post_init__(self) -> None:
         a = self.dt * self.A.unsqueeze(-1)
-        self.between = self._decay_between(a)  # (b, c, g, r, T, T): from step j to step i
+        self.between = self._decay_between(a)  # (b, c, g, r, T, T)
         self.from_before = self._decay_from_before(a)  # (b, c, g, r, T): of the state before the chunk
-        self.scores = self.C @ self.B.transpose(-1, -2)  # (b, c, g, T, T)
-        self.weights = self.between[..., -1, :] * self.dt  # (b, c, g, r, T): of an input in the state after the chunk
+        self.to_end = self.between[..., -1]  # (b, c, g, r, T): of an input in the state after the chunk
+        self.mixing = self.between * (self.B @ self.C.transpose(-1, -2)).unsqueeze(3)  # (b, c, g, r, T, T), without dt
+        self.inputs = _by_head(self.x, self.dt)  # dt x
+        self.weighted = _by_group(self.x, self.dt * self.to_end)  # dt x, decayed to the chunk's end
 
     def _decay_between(self, a: Tensor) -> Tensor:
-        steps = a.shape[-1]
-        lower = torch.ones(steps, steps, dtype=torch.bool, device=a.device).tril()
-        sums = a.unsqueeze(-1).expand(*a.shape, steps).masked_fill(~lower.tril(-1), 0.0).cumsum(-2)
-        allowed = lower
+        decay = a.unsqueeze(-2).expand(*a.shape, a.shape[-1]).triu(1).cumsum_(-1).exp_().triu_()
         if self.starts is not None:
             document = self.starts.cumsum(-1)
-            allowed = lower & (document.unsqueeze(-1) == document.unsqueeze(-2))[:, :, None, None]
-        return sums.exp_().masked_fill_(~allowed, 0.0)
+            decay.masked_fill_((document.unsqueeze(-1) != document.unsqueeze(-2))[:, :, None, None], 0.0)
+        return decay
 
     def _decay_from_before(self, a: Tensor) -> Tensor:
         decay = a.cumsum(-1).exp_()
@@ -55,39 +54,60 @@ class _Block:
             return decay
         return decay.masked_fill_((self.starts.cumsum(-1) > 0)[:, :, None, None], 0.0)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """(b, c, g, T, r, p) as (b, c, g, r, T, p)."""
-        return x.transpose(3, 4)
-
-    def mixing(self) -> Tensor:
-        """The matrix that maps a chunk's inputs to its outputs: (b, c, g, r, T, T)."""
-        return self.between * self.scores.unsqueeze(3) * self.dt.unsqueeze(-2)
-
-    def added_states(self) -> Tensor:
-        """What each chunk adds to the state: (b, c, g, r * p, n)."""
-        weighted = self.x * self.weights.transpose(-1, -2).unsqueeze(-1)
-        return weighted.flatten(-2).transpose(-1, -2) @ self.B
-
     def outputs(self, before: Tensor) -> Tensor:
-        """C . state for every step, (b, c, g, T, r, p), given the states before each chunk (b, c, g, r * p, n)."""
-        inside = self.heads(self.mixing() @ self.heads(self.x))
-        carried = (self.C @ before.transpose(-1, -2)).unflatten(-1, self.x.shape[-2:])
-        return inside + carried * self.from_before.transpose(-1, -2).unsqueeze(-1)
+        """C . state for every step, (b, c, T, g, r, p), given the states before each chunk (b, c, g, r * p, n)."""
+        inside = (self.mixing.transpose(-1, -2) @ self.inputs).permute(0, 1, 4, 2, 3, 5)
+        return torch.addcmul(inside, self.read(before), _over_channels(self.from_before))
+
+    def read(self, state: Tensor) -> Tensor:
+        """C . state of one state a chunk: (b, c, T, g, r, p)."""
+        return _split(self.C @ state.transpose(-1, -2), self.x.shape[-1])
 
 
-def _carry(added: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """States before each chunk and after the last, from what chunks add (b, c, g, r * p, n) and how much they decay (b, c, g, r)."""
-    before = torch.empty_like(added)
+def _by_head(x: Tensor, factor: Tensor) -> Tensor:
+    """x (b, c, T, g, r, p) times factor (b, c, g, r, T), contiguous as (b, c, g, r, T, p)."""
+    x = x.permute(0, 1, 3, 4, 2, 5)
+    return torch.mul(x, factor.unsqueeze(-1), out=x.new_empty(x.shape))
+
+
+def _by_group(x: Tensor, factor: Tensor) -> Tensor:
+    """x (b, c, T, g, r, p) times factor (b, c, g, r, T), contiguous as (b, c, g, T, r * p)."""
+    x = x.transpose(2, 3)
+    return torch.mul(x, factor.transpose(-1, -2).unsqueeze(-1), out=x.new_empty(x.shape)).flatten(-2)
+
+
+def _over_channels(factor: Tensor) -> Tensor:
+    """(b, c, g, r, T) as (b, c, T, g, r, 1)."""
+    return factor.permute(0, 1, 4, 2, 3).unsqueeze(-1)
+
+
+def _over_heads(t: Tensor) -> Tensor:
+    """(b, c, T, g, r) as (b, c, g, r, T)."""
+    return t.permute(0, 1, 3, 4, 2)
+
+
+def _split(t: Tensor, p: int) -> Tensor:
+    """(b, c, g, T, r * p) as (b, c, T, g, r, p)."""
+    return t.unflatten(-1, (-1, p)).transpose(2, 3)
+
+
+def _carry(added: Tensor, decay: Tensor, state: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+    """Turns what chunks add (b, c, g, r * p, n) into the states before each, in place; also returns the state after the last.
+
+    ``decay`` (b, c, g, r) is each chunk's. ``reverse`` runs backward in time, for adjoints.
+    """
     factors = decay.repeat_interleave(added.shape[3] // decay.shape[3], dim=3).unsqueeze(-1)
-    for c in range(added.shape[1]):
-        before[:, c] = state
-        state = torch.addcmul(added[:, c], factors[:, c], state)
-    return before, state
+    order = range(added.shape[1])
+    for c in reversed(order) if reverse else order:
+        after = torch.addcmul(added[:, c], factors[:, c], state)
+        added[:, c] = state
+        state = after
+    return added, state
 
 
 def _block_forward(block: _Block, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, the states before each chunk, and the state after the block (b, g, r * p, n)."""
-    before, final = _carry(block.added_states(), block.from_before[..., -1], initial)
+    before, final = _carry(block.weighted.transpose(-1, -2) @ block.B, block.from_before[..., -1], initial)
     return block.outputs(before), before, final
 
 
@@ -104,45 +124,34 @@ class _BlockGradients:
 
 
 def _block_backward(block: _Block, before: Tensor, dy: Tensor, dfinal: Tensor) -> _BlockGradients:
-    """From ``dy`` (b, c, g, T, r, p) and the gradient of the state after the block (b, g, r * p, n)."""
-    # Through the carried state's part of the outputs.
-    scaled = (dy * block.from_before.transpose(-1, -2).unsqueeze(-1)).flatten(-2)  # (b, c, g, T, r * p)
-    dC = scaled @ before
-    read = (block.C @ before.transpose(-1, -2)).unflatten(-1, dy.shape[-2:])
-    dfrom_before = (dy * read).sum(-1).transpose(-1, -2)
-    # Through the states: the adjoint of the state after each chunk.
-    after, dinitial = _carry((scaled.transpose(-1, -2) @ block.C).flip(1), block.from_before[..., -1].flip(1), dfinal)
-    after = after.flip(1)
-    kept = (after * before).unflatten(3, dy.shape[-2:]).sum((-1, -2))  # (b, c, g, r)
-    weighted = block.x * block.weights.transpose(-1, -2).unsqueeze(-1)
-    dB = weighted.flatten(-2) @ after
-    dweighted = (block.B @ after.transpose(-1, -2)).unflatten(-1, dy.shape[-2:])
-    dweights = (dweighted * block.x).sum(-1).transpose(-1, -2)
-    # Through the chunk's own matrix.
-    dy_heads = block.heads(dy)
-    mixing = block.mixing()
-    dx = dweighted * block.weights.transpose(-1, -2).unsqueeze(-1) + block.heads(mixing.transpose(-1, -2) @ dy_heads)
-    dmixing = (dy_heads @ block.heads(block.x).transpose(-1, -2)).mul_(block.between)
-    dscores = (dmixing * block.dt.unsqueeze(-2)).sum(3)
-    dmixing.mul_(block.scores.unsqueeze(3))
-    ddt = dmixing.sum(-2) + dweights * block.between[..., -1, :]
-    dbetween = dmixing.mul_(block.dt.unsqueeze(-2))
-    dbetween[..., -1, :] += dweights * block.weights
-    dfrom_before = dfrom_before * block.from_before
+    """From ``dy`` (b, c, T, g, r, p) and the gradient of the state after the block (b, g, r * p, n)."""
+    decayed = _by_group(dy, block.from_before)
+    after, dinitial = _carry(decayed.transpose(-1, -2) @ block.C, block.from_before[..., -1], dfinal, reverse=True)
+    # Through the chunk's own matrix, then through the states it reads and writes.
+    dy_heads = _by_head(dy, torch.ones_like(block.dt))
+    dmixing = block.inputs @ dy_heads.transpose(-1, -2)
+    dsums = dmixing * block.mixing
+    dscores = dmixing.mul_(block.between).sum(3)
+    dwritten = _split(block.B @ after.transpose(-1, -2), dy.shape[-1])
+    dinputs = torch.addcmul((block.mixing @ dy_heads).permute(0, 1, 4, 2, 3, 5), dwritten, _over_channels(block.to_end))
+    dsums[..., -1] += _over_heads((dwritten * block.x).sum(-1)) * (block.dt * block.to_end)
+    dfrom_before = _over_heads((dy * block.read(before)).sum(-1)) * block.from_before
+    kept = (after * before).unflatten(3, dy.shape[-2:]).sum((-1, -2))
     dfrom_before[..., -1] += kept * block.from_before[..., -1]
     return _BlockGradients(
-        x=dx,
-        dt=ddt,
-        a=_sums_backward(dbetween) + dfrom_before.flip(-1).cumsum(-1).flip(-1),
-        B=dB + dscores.transpose(-1, -2) @ block.C,
-        C=dC + dscores @ block.B,
+        x=dinputs * _over_channels(block.dt),
+        dt=_over_heads((dinputs * block.x).sum(-1)),
+        a=_sums_backward(dsums) + dfrom_before.flip(-1).cumsum(-1).flip(-1),
+        B=block.weighted @ after + dscores @ block.C,
+        C=decayed @ before + dscores.transpose(-1, -2) @ block.B,
         initial=dinitial,
     )
 
 
 def _sums_backward(dsums: Tensor) -> Tensor:
-    """Gradient of the steps (..., T) from that of the sums between i and j (..., T, T): step k is in every sum with j < k <= i."""
-    return dsums.flip(-2).cumsum(-2).flip(-2).tril(-1).sum(-1)
+    """Gradient of the steps (..., T) from that of the sums (..., from j, to i): step k is in every sum with j < k <= i."""
+    over_later = dsums.flip(-1).cumsum(-1).flip(-1)
+    return over_later.triu_(1).sum(-2)
 
 
 # -- the whole sequence, block by block ---------------------------------------------------------------------------------------------------
@@ -192,12 +201,12 @@ class _Operands:
         return t.unflatten(1, (-1, self.steps))
 
     def grouped(self, t: Tensor) -> Tensor:
-        """(b, time, h, p) as (b, c, g, T, r, p)."""
-        return self.chunked(t).unflatten(3, (self.groups, self.per_group)).transpose(2, 3)
+        """(b, time, h, ...) as (b, c, T, g, r, ...)."""
+        return self.chunked(t).unflatten(3, (self.groups, self.per_group))
 
     def to_time(self, t: Tensor, time: slice) -> Tensor:
-        """(b, c, g, T, r, ...) back to (b, time, h, ...)."""
-        return t.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, : time.stop - time.start]
+        """(b, c, T, g, r, ...) back to (b, time, h, ...)."""
+        return t.flatten(3, 4).flatten(1, 2)[:, : time.stop - time.start]
 
     def raw_dt(self, time: slice) -> Tensor:
         """dt + dt_bias before the softplus: (b, time, h) fp32."""
@@ -209,7 +218,7 @@ class _Operands:
         dt = F.softplus(self.raw_dt(time)).clamp(self.dt_min, self.dt_max)
         return _Block(
             x=self.grouped(self.x[:, time]),
-            dt=self.grouped(dt.unsqueeze(-1)).squeeze(-1).transpose(-1, -2).contiguous(),
+            dt=_over_heads(self.grouped(dt)).contiguous(),
             A=self.A.float().view(self.groups, self.per_group),
             B=self.chunked(self.B[:, time]).transpose(2, 3),
             C=self.chunked(self.C[:, time]).transpose(2, 3),
@@ -307,7 +316,7 @@ def _accumulate(ops: _Operands, grads: _Gradients, time: slice, dout: Tensor, ds
     raw = ops.raw_dt(time)
     soft = F.softplus(raw)
     inside = (soft >= ops.dt_min) & (soft <= ops.dt_max)
-    ddt = ops.to_time(dsoft.transpose(-1, -2), time) * torch.sigmoid(raw) * inside
+    ddt = ops.to_time(dsoft.permute(0, 1, 4, 2, 3), time) * torch.sigmoid(raw) * inside
     grads.dt[:, time] = ddt
     if ops.dt_bias is not None:
         grads.dt_bias += ddt.sum((0, 1))

@@ -38,9 +38,9 @@ class Callback:
 class ReadMetrics(Callback):
     """Turns step records into train rows, one step late: the host queues a step while the device still computes the one before."""
 
-    def __init__(self, describe: Callable[[StepRecord, float], Row], eager: bool = False) -> None:
-        """``describe(record, seconds)`` adds throughput and memory to a row; ``eager`` reads each step at once (the spike guard needs it)."""
-        self._describe = describe
+    def __init__(self, throughput: Callable[[int, float], Row], eager: bool = False) -> None:
+        """``throughput(tokens, seconds)`` gives further columns; ``eager`` reads each step at once (the spike guard needs it)."""
+        self._throughput = throughput
         self._eager = eager
         self._pending: StepRecord | None = None
         self._last_finish = 0.0
@@ -76,7 +76,7 @@ class ReadMetrics(Callback):
         row |= {"grad_norm": grad_norm, "step_time": seconds, "data_wait": record.data_wait, "restart": run.state.restarts}
         if record.metrics.skipped:
             row["skipped"] = True
-        run.tell("on_row", row | self._describe(record, seconds))
+        run.tell("on_row", row | self._throughput(record.step_tokens, seconds))
 
     def exclude(self, seconds: float) -> None:
         """Takes time spent on evaluation or saving out of the next step's time."""

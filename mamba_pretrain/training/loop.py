@@ -60,11 +60,11 @@ class StepRecord:
     """What is known of a step right after it was queued; the tensors in ``metrics`` may still be in flight on the device."""
 
     step: int
-    tokens: int
+    tokens: int  # of the run so far
+    step_tokens: int
     lr: float
     metrics: StepMetrics
     data_wait: float
-    finished_at: float
 
 
 def train_loop(run: Run) -> str:
@@ -78,9 +78,10 @@ def train_loop(run: Run) -> str:
         data_wait = time.perf_counter() - asked
         lr = run.learning_rate(step)
         metrics = train_step(run.engine, batches, lr, run.max_grad_norm, run.skip_if)
+        tokens = size * run.data.sequence_length
         run.state.step += 1
-        run.state.tokens += size * run.data.sequence_length
-        run.tell("on_step", StepRecord(run.state.step, run.state.tokens, lr, metrics, data_wait, time.perf_counter()))
+        run.state.tokens += tokens
+        run.tell("on_step", StepRecord(run.state.step, run.state.tokens, tokens, lr, metrics, data_wait))
     reason = run.stop_reason or FINISHED
     run.tell("on_stop", reason)
     return reason

@@ -48,8 +48,8 @@ def train_step(
     divisor = n_valid.clamp(min=1.0).float()
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     for i, batch in enumerate(batches):
-        loss = engine.loss(batch)
-        engine.backward(loss, divisor, last=i == len(batches) - 1)
+        loss = engine.loss(batch, last=i == len(batches) - 1)
+        engine.backward(loss, divisor)
         loss_sum += loss.detach()
     result = engine.step(lr, max_norm, skip_if)
     return StepMetrics(all_reduce_sum(loss_sum) / divisor, result.grad_norm, n_valid, result.skipped)

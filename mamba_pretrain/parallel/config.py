@@ -1,0 +1,34 @@
+"""How the model is spread over processes, and in which precision it computes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ParallelConfig(BaseModel):
+    """Engine and mesh."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    strategy: Literal["auto", "single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = Field(
+        "auto", description="auto: single for one process, else fsdp2; hsdp shards inside groups of hsdp_shard_size and replicates between them"
+    )
+    hsdp_shard_size: int | None = Field(None, ge=1, description="hsdp: processes that share one copy; empty: those of one node")
+    reshard_after_forward: bool = Field(True, description="fsdp2, hsdp: free gathered weights between forward and backward (less memory)")
+    activation_checkpointing: Literal["none", "block", "selective"] = Field(
+        "none", description="recompute whole blocks, or (selective) all but the scans' and projections' outputs, in the backward pass"
+    )
+    cpu_offload: bool = Field(False, description="fsdp2, zero2, zero3: keep parameters and optimizer state in host memory")
+    zero_hpz_partition_size: int = Field(1, ge=1, description="zero3: ZeRO++ secondary shards within groups of this many processes; 1: off")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="zero1-3: keys merged over the generated DeepSpeed config")
+    timeout_minutes: float = Field(30.0, gt=0.0, description="a collective that takes longer ends the process")
+
+
+class PrecisionConfig(BaseModel):
+    """Parameters and optimizer state are fp32 always."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    compute: Literal["bf16", "fp32"] = Field("bf16", description="dtype of matmuls; A_log, D, dt_bias and norm weights are used in fp32 always")

@@ -1,0 +1,97 @@
+"""The engine contract: everything that differs between one process, DDP, FSDP2, HSDP and DeepSpeed is behind these methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mamba_pretrain.models.boundaries import Boundaries
+from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.optim.build import Build
+from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
+from mamba_pretrain.parallel.topology import Topology, strategy_of
+
+if TYPE_CHECKING:
+    from mamba_pretrain.checkpoint.portable import Reader, Segment
+    from mamba_pretrain.data.batch import Batch
+
+SkipIf = Callable[[Tensor], bool]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """``grad_norm``: global norm before clipping, 0-d on the device. ``skipped``: the update was left out."""
+
+    grad_norm: Tensor
+    skipped: bool
+
+
+class Engine(ABC):
+    """Holds model and optimizer. Gradients are sums over all ranks and micro-batches, divided once by the global number of valid tokens."""
+
+    def __init__(self, parallel: ParallelConfig, precision: PrecisionConfig, topology: Topology) -> None:
+        self.parallel = parallel
+        self.precision = precision
+        self.topology = topology
+        self.name = strategy_of(parallel, topology)
+
+    @abstractmethod
+    def prepare(self, model: LanguageModel, build_optimizer: Build, seed: int) -> None:
+        """Shards, materialises and initialises ``model`` (on the meta device), then builds the optimizer over its parameters."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, last: bool) -> Tensor:
+        """Sum of token losses of a micro-batch, fp32, with a graph for ``backward``; ``last``: the step's last, whose backward synchronises."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, divisor: Tensor) -> None:
+        """Adds the gradient of ``loss / divisor``."""
+
+    @abstractmethod
+    def step(self, lr: float, max_norm: float, skip_if: SkipIf | None = None) -> StepResult:
+        """Clips the global gradient norm to ``max_norm``, updates unless ``skip_if(norm)``, and clears the gradients."""
+
+    @abstractmethod
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Sum of token losses of a micro-batch, without gradients."""
+
+    @abstractmethod
+    def state(self) -> Iterator[Segment]:
+        """This rank's disjoint pieces of ``model.NAME`` and ``optim.NAME.MOMENT``; ranks together cover everything once."""
+
+    @abstractmethod
+    def load(self, reader: Reader, weights_only: bool = False) -> None:
+        """Takes over a checkpoint. Raises UserError when it is of another architecture, before anything is changed."""
+
+    @abstractmethod
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """All fp32 weights by name on rank 0's CPU; every rank must call it, the others get an empty dict."""
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 matmuls, where configured; the same in every engine."""
+        if self.precision.compute == "fp32":
+            return nullcontext()
+        return torch.autocast(self.topology.device.type, dtype=torch.bfloat16)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Boundaries, Tensor]:
+        """Tokens, boundaries and labels on the device; copies from pinned memory do not block."""
+        device = self.topology.device
+        tokens, labels, seq_idx, positions = (t.to(device, non_blocking=True) for t in (batch.tokens, batch.labels, batch.seq_idx, batch.positions))
+        return tokens, Boundaries(seq_idx, positions), labels
+
+
+def build_engine(parallel: ParallelConfig, precision: PrecisionConfig, topology: Topology) -> Engine:
+    """The engine of ``parallel.strategy``."""
+    if strategy_of(parallel, topology).startswith("zero"):
+        from mamba_pretrain.parallel.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(parallel, precision, topology)
+    from mamba_pretrain.parallel.torch_engine import TorchEngine
+
+    return TorchEngine(parallel, precision, topology)

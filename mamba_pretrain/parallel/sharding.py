@@ -1,0 +1,50 @@
+"""FSDP2 groups that keep the precision contract: projections are gathered in bf16, everything delicate in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
+
+
+def shard(model: LanguageModel, mesh: DeviceMesh, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
+    """Applies ``fully_shard``, one group per block for the modules that may compute in bf16, and one root group for the rest.
+
+    FSDP2 casts a whole group, so A_log, D, dt_bias and the norms (``fp32=True``) must not share one with projections. They are small: the root
+    group holds them in fp32, with the embedding, and stays gathered from the first block's forward to the last one's backward. Gradients are
+    reduced in fp32.
+    """
+    policies = model.parameter_policies()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    compute = torch.bfloat16 if precision.compute == "bf16" else None
+    offload: OffloadPolicy = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
+    low = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    full = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for block in model.blocks():
+        group = [module for module in block.modules() if _may_be_low(module, names, policies)]
+        fully_shard(group, mesh=mesh, mp_policy=low, reshard_after_forward=parallel.reshard_after_forward, offload_policy=offload)
+    fully_shard(model, mesh=mesh, mp_policy=full, reshard_after_forward=False, offload_policy=offload)
+
+
+def _may_be_low(module: nn.Module, names: dict[int, str], policies: dict) -> bool:
+    own = [names[id(parameter)] for parameter in module.parameters(recurse=False)]
+    return bool(own) and not any(policies[name].fp32 for name in own)
+
+
+def local_part(tensor: DTensor) -> tuple[Tensor, int]:
+    """This process's part of a tensor sharded along dimension 0, and the element of the row-major tensor at which it begins."""
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    row = tensor.shape[1:].numel()
+    return tensor.to_local(), (offsets[0] * row if offsets else 0)
+
+
+def writes_copy(tensor: DTensor) -> bool:
+    """Whether this process writes its part: under HSDP only one of the replicas does."""
+    mesh = tensor.device_mesh
+    return all(mesh.get_local_rank(dim) == 0 for dim, placement in enumerate(tensor.placements) if placement.is_replicate())

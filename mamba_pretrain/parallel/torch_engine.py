@@ -1,0 +1,171 @@
+"""One process, DDP, FSDP2 and HSDP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from data_tools.errors import UserError
+from mamba_pretrain.checkpoint.portable import Reader, Segment, check_shapes, pieces
+from mamba_pretrain.data.batch import Batch
+from mamba_pretrain.models.init import initialize
+from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.optim.build import Build, set_learning_rate
+from mamba_pretrain.parallel.engine import Engine, SkipIf, StepResult
+from mamba_pretrain.parallel.recompute import recompute
+from mamba_pretrain.parallel.sharding import local_part, shard, writes_copy
+
+
+class TorchEngine(Engine):
+    """Engines made of torch's own parts."""
+
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+
+    def prepare(self, model: LanguageModel, build_optimizer: Build, seed: int) -> None:
+        """See ``Engine.prepare``."""
+        self.model = model
+        recompute(model, self.parallel.activation_checkpointing)
+        mesh = self._mesh()
+        if mesh is not None:
+            shard(model, mesh, self.parallel, self.precision)
+        offloaded = mesh is not None and self.parallel.cpu_offload
+        model.to_empty(device="cpu" if offloaded else self.topology.device)
+        initialize(model, seed, assign=_assign)
+        # Kept from here on: while a forward pass has gathered a group, the module shows other tensors under these names.
+        self._named: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
+        self._sharded = mesh is not None
+        self._forward: nn.Module = self._replicated(model) if self.name == "ddp" else model
+        # Averaging engines divide by the number of processes; the loss is divided once, by the number of tokens, so this is undone.
+        self._scale = float(self.topology.world_size)
+        self.optimizer = build_optimizer(self._named)
+
+    def _mesh(self) -> DeviceMesh | None:
+        kind, world = self.topology.device.type, self.topology.world_size
+        if self.name == "hsdp":
+            inner = self.parallel.hsdp_shard_size or self.topology.local_world_size
+            if world % inner:
+                raise UserError(f"parallel.hsdp_shard_size {inner} does not divide the {world} processes; choose a divisor")
+            return init_device_mesh(kind, (world // inner, inner), mesh_dim_names=("replicate", "shard"))
+        if self.name == "fsdp2" and world > 1:
+            return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+        return None
+
+    def _replicated(self, model: LanguageModel) -> DistributedDataParallel:
+        devices = [self.topology.device] if self.topology.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    def loss(self, batch: Batch, last: bool) -> Tensor:
+        """See ``Engine.loss``."""
+        if self._sharded:
+            root = cast(Any, self.model)
+            root.set_requires_gradient_sync(last)
+            root.set_is_last_backward(last)
+        elif isinstance(self._forward, DistributedDataParallel):
+            self._forward.require_backward_grad_sync = last
+        tokens, boundaries, labels = self.inputs(batch)
+        with self.autocast():
+            return self._forward(tokens, boundaries, labels)
+
+    def backward(self, loss: Tensor, divisor: Tensor) -> None:
+        """See ``Engine.backward``."""
+        (loss * (self._scale / divisor)).backward()
+
+    def step(self, lr: float, max_norm: float, skip_if: SkipIf | None = None) -> StepResult:
+        """See ``Engine.step``."""
+        parameters = [p for _, p in self._named]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        total = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        skipped = skip_if is not None and skip_if(total)
+        if not skipped:
+            set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(total, skipped)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """See ``Engine.evaluate``."""
+        tokens, boundaries, labels = self.inputs(batch)
+        with self.autocast():
+            loss = self.model(tokens, boundaries, labels)
+        self._reshard()
+        return loss
+
+    def _reshard(self) -> None:
+        """Without a backward pass the root group would stay gathered, and its names would show the copies."""
+        if self._sharded:
+            cast(Any, self.model).reshard()
+
+    # -- state
+
+    def state(self) -> Iterator[Segment]:
+        """See ``Engine.state``."""
+        for name, parameter in self._named:
+            yield from self._segments(f"model.{name}", parameter)
+            for moment, value in self.optimizer.state.get(parameter, {}).items():
+                yield from self._segments(f"optim.{name}.{moment}", value)
+
+    def _segments(self, name: str, tensor: Tensor) -> Iterator[Segment]:
+        if isinstance(tensor, DTensor):
+            part, offset = local_part(tensor)
+            if writes_copy(tensor) and part.numel():
+                yield Segment(name, tuple(tensor.shape), offset, part.detach().reshape(-1))
+        else:
+            yield from pieces(name, torch.as_tensor(tensor), self.topology.rank, self.topology.world_size)
+
+    def load(self, reader: Reader, weights_only: bool = False) -> None:
+        """See ``Engine.load``."""
+        check_shapes(reader, self.model.parameter_shapes, str(getattr(reader, "source", "the folder")))
+        self._reshard()
+        moments: dict[str, list[str]] = {}
+        for name in reader.shapes():
+            if name.startswith("optim."):
+                parameter, _, moment = name.removeprefix("optim.").rpartition(".")
+                moments.setdefault(parameter, []).append(moment)
+        for name, parameter in self._named:
+            _fill(reader, f"model.{name}", parameter)
+            if not weights_only and name in moments:
+                self.optimizer.state[parameter] = {m: self._moment(reader, name, m, parameter) for m in moments[name]}
+
+    def _moment(self, reader: Reader, name: str, moment: str, parameter: nn.Parameter) -> Tensor:
+        full = f"optim.{name}.{moment}"
+        if reader.shapes()[full] != tuple(parameter.shape):  # a counter, the same on every rank
+            return reader.read(full, 0, 1).reshape(reader.shapes()[full]).to(parameter.device)
+        value = torch.empty_like(parameter, requires_grad=False)
+        _fill(reader, full, value)
+        return value
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """See ``Engine.full_state_dict``."""
+        self._reshard()
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self._named:
+            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if self.topology.rank == 0:
+                weights[name] = full.detach().cpu()
+        return weights
+
+
+def _assign(name: str, parameter: nn.Parameter, full: Tensor) -> None:
+    """Initialisation's full value into a plain or sharded parameter."""
+    with torch.no_grad():
+        if isinstance(parameter.data, DTensor):
+            part, offset = local_part(parameter.data)
+            part.copy_(full.reshape(-1)[offset : offset + part.numel()].view(part.shape))
+        else:
+            parameter.copy_(full)
+
+
+@torch.no_grad()
+def _fill(reader: Reader, name: str, tensor: Tensor) -> None:
+    """Reads the range that this process holds of a tensor."""
+    part, offset = local_part(tensor) if isinstance(tensor, DTensor) else (tensor, 0)
+    part.copy_(reader.read(name, offset, part.numel()).view(part.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Mamba1(Mixer):
     def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, seq_idx: Tensor | None, state: State | None) -> Tensor:
         A, D, bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_bias.float()
         if state is None:
-            return selective_scan(u, dt, A, B, C, D=D, z=z, delta_bias=bias, seq_idx=seq_idx)
+            return cast(Tensor, selective_scan(u, dt, A, B, C, D=D, z=z, delta_bias=bias, seq_idx=seq_idx))
         if u.shape[1] == 1:
             y = selective_step(u, dt, A, B, C, D, z, bias, state["ssm"])
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Mamba2(Mixer):
         A, D, bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_bias.float()
         chunk, limit = self.config.chunk_size, self.config.dt_limit
         if state is None:
-            return ssd_scan(x, dt, A, B, C, D=D, dt_bias=bias, seq_idx=seq_idx, chunk_size=chunk, dt_limit=limit)
+            return cast(Tensor, ssd_scan(x, dt, A, B, C, D=D, dt_bias=bias, seq_idx=seq_idx, chunk_size=chunk, dt_limit=limit))
         if x.shape[1] == 1:
             y = ssd_step(x, dt, A, B, C, D, bias, limit, state["ssm"])
         else:

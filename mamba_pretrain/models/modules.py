@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,8 +29,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``x``, ``residual`` (b, l, dim); the first layer has no residual yet. The new residual is fp32."""
         if residual is None:
-            return rms_norm(x, self.weight, self.eps), x.float()
-        return rms_norm(x, self.weight, self.eps, residual=residual)
+            return cast(Tensor, rms_norm(x, self.weight, self.eps)), x.float()
+        return cast("tuple[Tensor, Tensor]", rms_norm(x, self.weight, self.eps, residual=residual))
 
     def parameter_policy(self) -> Policies:
         """Norm weights never decay and are used in fp32."""
@@ -60,7 +62,7 @@ class CausalConv1d(nn.Module):
     def forward(self, x: Tensor, seq_idx: Tensor | None = None, state: State | None = None) -> Tensor:
         """``x`` (b, l, channels); ``state["conv"]`` (b, taps - 1, channels) holds the inputs before it and is updated in place."""
         if state is None:
-            return causal_conv1d(x, self.weight, self.bias, activation="silu", seq_idx=seq_idx)
+            return cast(Tensor, causal_conv1d(x, self.weight, self.bias, activation="silu", seq_idx=seq_idx))
         if x.shape[1] == 1:
             return conv_step(x, self.weight, self.bias, state["conv"])
         initial = state["conv"].to(x.dtype) if state["started"] else None

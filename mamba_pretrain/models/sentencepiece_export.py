@@ -25,7 +25,7 @@ def read_proto(path: Path) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # generated at import
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:

@@ -5,6 +5,8 @@ Nothing is saved inside a signal handler: a save that interrupts another save, o
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import os
 import signal
 import time
@@ -14,6 +16,7 @@ from typing import Any
 
 STOP_FILE_VARIABLE = "MAMBA_PRETRAIN_STOP_FILE"  # set by the batch script; torchrun and deepspeed do not hand USR1 to their workers
 STOP_FILE_EVERY = 2.0  # seconds between looks at the file system
+CLOSE_SECONDS = 5.0  # given to peers that may have died when a run ends by an error
 
 REASONS = {1: "stop file", 2: "SIGUSR1", 3: "SIGTERM"}
 CODES = {signal.SIGUSR1: 2, signal.SIGTERM: 3}
@@ -56,8 +59,9 @@ class StopSignal:
         return REASONS.get(code)
 
     def close(self) -> None:
-        """Puts the previous handlers back and finishes the reduction under way (every rank must call it)."""
-        self._finish_pending()
+        """Finishes the reduction under way and puts the previous handlers back; a peer that is gone is no matter any more."""
+        with contextlib.suppress(RuntimeError):
+            self._finish_pending(CLOSE_SECONDS)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -77,10 +81,10 @@ class StopSignal:
         flag = torch.tensor([self._code], dtype=torch.int32)
         self._pending = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True), flag
 
-    def _finish_pending(self) -> int:
+    def _finish_pending(self, seconds: float | None = None) -> int:
         if self._pending is None:
             return 0
         work, flag = self._pending
         self._pending = None
-        work.wait()
+        work.wait(*([] if seconds is None else [datetime.timedelta(seconds=seconds)]))
         return int(flag)

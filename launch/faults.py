@@ -91,6 +91,13 @@ class Drill:
         now = time.time()
         self.wait(f"{steps} more steps", lambda: self.trained_since(now, steps) or Ledger(self.run_dir).ended(), seconds)
 
+    def wait_end(self, seconds: float = 300.0) -> None:
+        """Waits until the run is done; RuntimeError if it ended for another reason."""
+        reason = self.wait("the end of the run", lambda: Ledger(self.run_dir).ended(), seconds)
+        if reason != "done":
+            log = "".join(path.read_text()[-3000:] for path in (self.run_dir / "logs").glob("slurm-*.out"))
+            raise RuntimeError(f"the run ended: {reason}\n{log}")
+
     # -- hurting
 
     def time_limit(self) -> str:

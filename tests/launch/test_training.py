@@ -1,0 +1,167 @@
+"""Real training on the real local cluster: hit by each fault, it ends with the losses of an undisturbed run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.chaos import newest_attempt, step_of
+from launch.faults import Drill, differences, train_rows
+from launch.jobs import Ledger
+from launch.local_cluster import LocalCluster
+from launch.rehearsal import Rehearsal
+
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def rehearsal(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
+    """A dataset beside the cluster."""
+    made = Rehearsal(tmp_path_factory.mktemp("rehearsal"), cluster)
+    made.make_data()
+    return made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rehearsal: Rehearsal) -> Drill:
+    """The losses to be met; also the plain end-to-end run through ``mamba-pretrain submit``."""
+    return rehearsal.undisturbed(STEPS)
+
+
+@pytest.fixture
+def hit(rehearsal: Rehearsal, undisturbed: Drill, request: pytest.FixtureRequest) -> Iterator[Callable[..., Drill]]:
+    """``hit(fault)`` trains, hits the run with the fault, and compares it with the undisturbed run when it is done."""
+    drills: list[Drill] = []
+
+    def run(fault: Callable[[Drill], str], after_steps: int = 13, **keys: object) -> Drill:
+        drill = rehearsal.submit(request.node.name.replace("[", "-").strip("]"), STEPS, exit_grace=8, **keys)
+        drills.append(drill)
+        drill.wait(f"step {after_steps}", lambda: drill.last_step() >= after_steps)
+        fault(drill)
+        drill.wait("the next attempt", lambda: drill.starts() > 1, seconds=150)
+        standing = Ledger(drill.run_dir).attempts()[-1]["checkpoint"]
+        drill.wait_end()
+        assert newest_attempt(drill)[0] == step_of(standing) > 0
+        assert differences(drill.rows(), undisturbed.rows()) is None
+        return drill
+
+    yield run
+    for drill in drills:
+        drill.slurm.run("scancel", drill.job, check=False)
+        drill.heal()
+
+
+def test_submitted_run_trains_to_the_end(undisturbed: Drill) -> None:
+    assert [step for step, *_ in train_rows(undisturbed.rows())] == list(range(1, STEPS + 1))
+    assert {undisturbed.rank(rank)["node"] for rank in (0, 1)} == {"node1", "node2"}
+
+
+def test_requeue_and_kill_in_save(hit: Callable) -> None:
+    """One run for two faults: (b) scontrol requeue, (e) kill -9 of one rank in the middle of a save."""
+
+    def both(drill: Drill) -> str:
+        drill.kill_rank_in_save(rank=1)
+        drill.wait("the second attempt", lambda: drill.starts() == 2)
+        drill.wait_training(2)
+        return drill.requeue()
+
+    drill = hit(both)
+    assert drill.starts() == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["time_limit", "requeue", "terminate", "lose_node", "kill_rank_in_save"])
+def test_fault_changes_no_loss(hit: Callable, fault: str) -> None:
+    hit(getattr(Drill, fault), **({"signal_lead": 50} if fault == "time_limit" else {}))
+
+
+def test_sleeping_rank_is_named_and_the_run_goes_on(hit: Callable) -> None:
+    moments: list[float] = []
+
+    def sleep(drill: Drill) -> str:
+        moments.append(time.time())
+        return drill.freeze_rank(1)
+
+    drill = hit(sleep)
+    report = json.loads((drill.run_dir / "hang.json").read_text())
+    assert (report["rank"], report["node"]) == (1, "node2")
+    assert report["time"] - moments[0] < 15 + 10  # train.hang_timeout of the rehearsal, and ten seconds
+    said = subprocess.run([sys.executable, "-m", "mamba_pretrain", "diagnose", str(drill.run_dir)], capture_output=True, text=True).stdout
+    assert "last hang: rank 1 on node node2" in said
+    assert "failed  " in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["torchrun", "no_ssh", "slurm", "pdsh"])
+def test_every_launcher_gives_the_same_losses(rehearsal: Rehearsal, undisturbed: Drill, style: str, ssh: None) -> None:
+    keys: dict[str, object] = {"launcher": style} if style == "torchrun" else {"launcher": "deepspeed", "deepspeed_launcher": style}
+    drill = rehearsal.submit(f"launcher-{style}", STEPS, **keys)  # type: ignore[arg-type]
+    drill.wait_end()
+    assert differences(drill.rows(), undisturbed.rows()) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["torchrun", "no_ssh"])
+def test_warning_reaches_ranks_of_other_launchers(rehearsal: Rehearsal, undisturbed: Drill, style: str) -> None:
+    keys: dict[str, object] = {"launcher": style} if style == "torchrun" else {"launcher": "deepspeed", "deepspeed_launcher": style}
+    drill = rehearsal.submit(f"warning-{style}", STEPS, **keys)  # type: ignore[arg-type]
+    drill.wait("step 13", lambda: drill.last_step() >= 13)
+    drill.warning()
+    drill.wait_end()
+    assert "saved" in [row["event"] for row in Ledger(drill.run_dir).attempts()]
+    assert differences(drill.rows(), undisturbed.rows()) is None
+
+
+@pytest.mark.slow
+def test_fewer_nodes_continue_the_same_training(rehearsal: Rehearsal, undisturbed: Drill) -> None:
+    """Another world size adds in another order: equal to rounding, on the same samples."""
+    drill = rehearsal.submit("fewer", STEPS, nodes=2)
+    drill.wait("step 13", lambda: drill.last_step() >= 13)
+    drill.slurm.run("scancel", drill.job)
+    drill.wait("an empty queue", lambda: not Ledger(drill.run_dir).active_jobs())
+    drill = rehearsal.submit("fewer", STEPS, nodes=1, settings={"parallel.strategy": "single"})
+    drill.wait_end()
+    for mine, theirs in zip(train_rows(drill.rows()), train_rows(undisturbed.rows()), strict=True):
+        assert mine[0] == theirs[0]
+        assert mine[1] == pytest.approx(theirs[1], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def ssh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An ssh server on this machine's node names that lets this user in, for pdsh; found and left as it was."""
+    missing = [name for name in ("pdsh", "sshd", "ssh-keygen") if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed (make system-packages)")
+    folder = tmp_path_factory.mktemp("ssh")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    (folder / "authorized_keys").write_text((folder / "user.pub").read_text())
+    Path("/run/sshd").mkdir(exist_ok=True)
+    options = {
+        "Port": "2222",
+        "HostKey": folder / "host",
+        "AuthorizedKeysFile": folder / "authorized_keys",
+        "PidFile": folder / "pid",
+        "StrictModes": "no",
+        "PermitRootLogin": "yes",
+        "UsePAM": "no",
+        "MaxStartups": "100",
+    }
+    subprocess.run(["/usr/sbin/sshd", "-f", "/dev/null", *(f"-o{key}={value}" for key, value in options.items())], check=True)
+    client = f"-p 2222 -i {folder / 'user'} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    before = {key: os.environ.get(key) for key in ("PDSH_SSH_ARGS_APPEND",)}
+    os.environ["PDSH_SSH_ARGS_APPEND"] = client
+    yield
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+    os.kill(int((folder / "pid").read_text()), 15)

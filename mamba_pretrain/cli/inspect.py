@@ -33,3 +33,50 @@ def watch(
     from mamba_pretrain.monitor.watch import watch as show
 
     show(run, interval, once)
+
+
+def plan(
+    config: Path = typer.Argument(help="YAML config, for example configs/mamba2/130m.yaml"),
+    overrides: list[str] = typer.Argument(None, metavar="[KEY.PATH=VALUE]...", help="Overrides, for example train.micro_batch_size=8"),
+    gpus: int = typer.Option(1, min=1, help="Number of GPUs"),
+    device: str = typer.Option(None, help="GPU, for example H100, 'A100-SXM4-40GB' or cpu; default: this machine's, else H100"),
+    gpus_per_node: int = typer.Option(8, min=1, help="GPUs of a node"),
+    between_nodes: float = typer.Option(40.0, min=0.1, help="Bandwidth between nodes per GPU, GB/s"),
+    find: bool = typer.Option(False, help="Propose the engine, micro-batch and checkpointing that fit and are fastest"),
+    json_output: bool = typer.Option(False, "--json", help="Print the plan as JSON"),
+) -> None:
+    """Say what a run needs before it queues: memory by part, time and GPU-hours, communication, disk, and what looks wrong.
+
+    Example: `mamba-pretrain plan configs/mamba2/1.3b.yaml --gpus 64 --find`
+    """
+    import orjson
+    from rich.console import Console
+
+    from mamba_pretrain.config import load_config
+    from mamba_pretrain.monitor.planning.communication import Network
+    from mamba_pretrain.monitor.planning.plan import Machine, Planner, make_plan
+    from mamba_pretrain.monitor.planning.show import show_found, show_plan
+
+    run = load_config(config, overrides or [])
+    network = Network(gpus_per_node=gpus_per_node, between_nodes=between_nodes * 1e9)
+    machine = Machine.of(device or _gpu_here() or "H100", gpus, network)
+    console = Console()
+    if find:
+        found = Planner(run, machine).best()
+        if json_output:
+            typer.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
+        else:
+            show_found(found, machine, console)
+        raise typer.Exit(0 if found else 1)
+    made = make_plan(run, machine)
+    if json_output:
+        typer.echo(orjson.dumps(made.to_dict(), option=orjson.OPT_INDENT_2).decode())
+    else:
+        show_plan(made, console)
+
+
+def _gpu_here() -> str | None:
+    """The name of this machine's first GPU."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

@@ -121,5 +121,5 @@ def training_tokens(dataset: Path) -> int | None:
         manifest = orjson.loads((dataset / "manifest.json").read_bytes())
     except (OSError, orjson.JSONDecodeError):
         return None
-    shards = manifest.get("shards", [])
-    return sum(shard["tokens"] for shard in shards if shard.get("split", "train") == "train") or None
+    shards = manifest.get("splits", {}).get("train", {}).get("shards", [])
+    return sum(shard["tokens"] for shard in shards) or None

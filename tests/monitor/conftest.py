@@ -65,7 +65,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / name
         data = tmp_path / "data" / "pile"
         data.mkdir(parents=True, exist_ok=True)
-        (data / "manifest.json").write_text(json.dumps({"shards": [{"split": "train", "tokens": 10**9}]}))
+        (data / "manifest.json").write_text(json.dumps({"splits": {"train": {"shards": [{"tokens": 10**9}]}}}))
         for step in (steps // 2, steps):
             checkpoint = folder / "checkpoints" / f"step-{step:08d}"
             checkpoint.mkdir(parents=True)

@@ -1,0 +1,228 @@
+"""Memory of one GPU by part, as a timeline over one training step; the peak is the largest moment of it.
+
+GB are 1e9 bytes of live tensors, which is what ``torch.cuda.max_memory_allocated`` reports. The allocator's fragmentation and the CUDA
+context come on top (``Memory.needed``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from mamba_pretrain.models.config import ModelConfig
+from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.monitor.planning.activations import BlockCost, Options, block_cost
+
+STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+FP32, BF16 = 4, 2
+ADAM_MOMENTS = 2 * FP32
+# Elements of a chunk of logits in ops/cross_entropy.py on CUDA, and bytes per element at its peak (bf16 beside fp32).
+LOGIT_CHUNK, LOGIT_BYTES = 1 << 28, 6
+DEEPSPEED_BUCKET = 500_000_000  # elements of DeepSpeed's reduce and all-gather buckets, its default
+BATCH_BYTES = 2 * (8 + 8 + 4 + 8)  # tokens, labels, seq_idx, positions of this and the next micro-batch, per token
+# What a GPU needs beyond live tensors: CUDA context, NCCL buffers and libraries in bytes, and fragmentation as a share of the peak.
+CONTEXT_BYTES, FRAGMENTATION = 1.2e9, 0.04
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How an engine spreads a model over ``world`` ranks; ``shard`` of them share one copy of what is sharded."""
+
+    strategy: str
+    world: int = 1
+    shard: int = 1
+
+    @property
+    def parameter_share(self) -> float:
+        """Share of the weights a rank stores."""
+        return 1 / self.shard if self.strategy in ("fsdp2", "hsdp", "zero3") else 1.0
+
+    @property
+    def gradient_share(self) -> float:
+        """Share of the gradients a rank keeps after reduction."""
+        return 1 / self.shard if self.strategy in ("fsdp2", "hsdp", "zero2", "zero3") else 1.0
+
+    @property
+    def optimizer_share(self) -> float:
+        """Share of the optimizer's state."""
+        return 1 / self.shard if self.strategy not in ("single", "ddp") else 1.0
+
+
+def sharding(strategy: str, gpus: int, shard_size: int = 8) -> Sharding:
+    """The sharding of a strategy on so many GPUs; HSDP shards inside groups of ``shard_size`` and replicates between them."""
+    return Sharding(strategy, gpus, min(gpus, shard_size) if strategy == "hsdp" else gpus)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Parameters of a model in the groups that the timeline needs."""
+
+    total: int
+    embedding: int  # rows x d_model, once
+    tied: bool
+    blocks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> Shape:
+        """From a model on the meta device."""
+        blocks = tuple(sum(p.numel() for p in block.parameters()) for block in model.blocks())
+        embedding = model.config.padded_vocab_size * model.config.d_model
+        return cls(model.n_parameters(), embedding, model.config.tie_word_embeddings, blocks)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU. ``parts`` add up to ``peak``; ``moment`` says when that is; ``activations`` by layer type is part of it."""
+
+    parts: dict[str, float]
+    moment: str
+    by_mixer: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> float:
+        """Live bytes at the worst moment."""
+        return sum(self.parts.values())
+
+    @property
+    def needed(self) -> float:
+        """Bytes of device memory to have: the peak, fragmentation, context and libraries."""
+        return self.peak * (1 + FRAGMENTATION) + CONTEXT_BYTES
+
+
+def estimate(
+    config: ModelConfig,
+    shape: Shape,
+    split: Sharding,
+    micro_batch: int,
+    length: int,
+    accumulation: int = 1,
+    options: Options | None = None,
+    moments_bytes: float = ADAM_MOMENTS,
+) -> Memory:
+    """The worst moment of a training step.
+
+    ``accumulation``: micro-batches per step; with more than one, gradients already exist during the forward pass. ``moments_bytes``:
+    optimizer state per parameter (AdamW 8, 8-bit AdamW about 2).
+    """
+    options = options or Options()
+    costs: dict[str, BlockCost] = {mixer: block_cost(config, mixer, micro_batch, length, options) for mixer in set(config.layer_mixers)}
+    timeline = _Timeline(config, shape, split, costs, micro_batch, length, accumulation, options, moments_bytes)
+    worst = max(timeline.moments(), key=lambda moment: moment.peak)
+    by_mixer: dict[str, float] = {}
+    for mixer, cost in zip(config.layer_mixers, timeline.costs, strict=True):
+        by_mixer[mixer] = by_mixer.get(mixer, 0.0) + cost.saved
+    return Memory(worst.parts, worst.moment, by_mixer)
+
+
+class _Timeline:
+    """The moments of a step at which memory can peak."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shape: Shape,
+        split: Sharding,
+        costs: dict[str, BlockCost],
+        micro_batch: int,
+        length: int,
+        accumulation: int,
+        options: Options,
+        moments_bytes: float,
+    ) -> None:
+        mixed = options.compute is not None
+        self.config, self.shape, self.split, self.tokens = config, shape, split, micro_batch * length
+        self.compute_bytes = BF16 if mixed else FP32
+        self.costs = [costs[mixer] for mixer in config.layer_mixers]
+        self.gathers = split.strategy in ("fsdp2", "hsdp") and split.world > 1
+        if mixed and self.gathers:
+            # Autograd keeps autocast's bf16 copies of the weights; FSDP2 frees its gathered ones after the block's forward pass.
+            self.costs = [replace(c, saved=max(0.0, c.saved - BF16 * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
+        self.accumulating = accumulation > 1
+        # Autocast caches its bf16 copies of the weights until the forward pass ends, also where recomputation keeps nothing else.
+        self.casts = float(BF16 * sum(shape.blocks)) if mixed and options.recompute != "none" and not self.gathers else 0.0
+        self.base = {
+            "weights": FP32 * shape.total * split.parameter_share,
+            "optimizer": moments_bytes * shape.total * split.optimizer_share,
+            "communication": self._communication(),
+            # An attention layer's mask (b, 1, l, l) is shared by all of them.
+            "batch": BATCH_BYTES * self.tokens + (self.tokens * length if "attention" in config.layer_mixers else 0),
+        }
+        if split.strategy.startswith("zero"):
+            # DeepSpeed keeps its own flat fp32 partition of the weights beside the model's (ZeRO-3: the partition is the model).
+            self.base["weights"] += FP32 * shape.total / split.shard if split.strategy != "zero3" else 0.0
+
+    def _communication(self) -> float:
+        """Buffers: gathered weights of the blocks in flight, gradients on their way, DeepSpeed's buckets."""
+        strategy = self.split.strategy
+        if self.split.world == 1 or strategy in ("single", "ddp"):
+            return 0.0  # DDP's buckets are the gradients themselves (gradient_as_bucket_view)
+        largest = max(self.shape.blocks, default=0)
+        if strategy in ("fsdp2", "hsdp"):
+            # Two blocks gathered, one block's gradients in fp32; the root group (embedding) stays gathered, with its gradient.
+            return 2 * self.compute_bytes * largest + FP32 * largest + 2 * FP32 * self.shape.embedding
+        bucket = FP32 * min(DEEPSPEED_BUCKET, self.shape.total)
+        return bucket + (FP32 * (2 * largest + self.shape.embedding) if strategy == "zero3" else bucket)
+
+    def moments(self) -> list[Memory]:
+        """Candidates for the peak, in the order of time."""
+        saved = sum(cost.saved for cost in self.costs)
+        working = max(c.forward - c.saved for c in self.costs) + self.casts
+        found = [self._moment("forward pass of the last block", saved, working=working)]
+        found += self._head(saved)
+        finished = self.shape.total - sum(self.shape.blocks)
+        for index in range(len(self.costs) - 1, -1, -1):
+            cost = self.costs[index]
+            # ``backward`` holds the block's own gradients already.
+            found.append(self._moment(f"backward pass of block {index}", saved, self._gradients(finished), working=cost.backward))
+            saved -= cost.saved
+            finished += self.shape.blocks[index]
+        found.append(self._moment("optimizer step", 0.0, self._gradients(self.shape.total)))
+        return found
+
+    def _head(self, saved: float) -> list[Memory]:
+        """Final norm, logits and loss: the chunked cross-entropy computes its gradients during the forward pass."""
+        d, rows = self.config.d_model, self.config.padded_vocab_size
+        table = rows * d
+        chunk_rows = min(self.tokens, max(64, LOGIT_CHUNK // rows))
+        hidden = self.compute_bytes * d * self.tokens
+        norm = FP32 * d * self.tokens
+        cast = self.compute_bytes * table if self.compute_bytes != FP32 else 0.0
+        forward: dict[str, float] = {"loss": 2 * hidden + FP32 * table + cast + LOGIT_BYTES * chunk_rows * rows}
+        backward: dict[str, float] = {"loss": 2 * hidden + 2 * FP32 * table}
+        return [
+            self._moment("loss, forward", saved + norm, working=self.casts, extra=forward),
+            self._moment("loss, backward", saved + norm, extra=backward),
+        ]
+
+    def _gradients(self, finished: float) -> float:
+        return FP32 * finished * self.split.gradient_share
+
+    def _moment(
+        self, name: str, saved: float, gradients: float = 0.0, working: float = 0.0, extra: dict[str, float] | None = None
+    ) -> Memory:
+        if self.accumulating:
+            gradients = self._gradients(self.shape.total)
+        parts = {**self.base, "gradients": gradients, "activations": saved, "working": working, **(extra or {})}
+        return Memory({part: size for part, size in parts.items() if size}, name)
+
+
+def parameters_by_kind(model: LanguageModel) -> dict[str, int]:
+    """Parameters of a model by what they are for."""
+    kinds: dict[str, int] = {}
+    for name, shape in model.parameter_shapes.items():
+        kind = _kind(name)
+        kinds[kind] = kinds.get(kind, 0) + torch.Size(shape).numel()
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+
+
+def _kind(name: str) -> str:
+    if name.startswith(("embedding", "lm_head")):
+        return "embedding and head" if name.startswith("embedding") else "head (untied)"
+    if ".mlp." in name:
+        return "MLP projections"
+    if "conv1d" in name:
+        return "convolution"
+    if name.endswith(("A_log", ".D", "dt_bias")):
+        return "state space (A, D, dt)"
+    return "norms" if "norm" in name else "mixer projections"

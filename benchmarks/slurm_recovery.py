@@ -2,8 +2,8 @@
 
     python benchmarks/slurm_recovery.py [--check]
 
-Measured on the local cluster (several slurmd on this machine): the figures hold Slurm's own waiting, the start of Python and of the ranks, and
-the loading of the checkpoint of a very small model. The two minutes for which Slurm holds back a requeued job are skipped, as an
+Measured on the local cluster (several slurmd on this machine): the figures hold Slurm's own waiting, the start of Python and of the ranks,
+and the loading of the checkpoint of a very small model. The two minutes for which Slurm holds back a requeued job are skipped, as an
 administrator can.
 ``--check`` reads the newest record (measuring takes about five minutes and root) and exits with 1 over the bars below.
 """

@@ -1,0 +1,72 @@
+"""A rank slowed by two is told from the ranks that wait for it, with and without collectives in the forward pass."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba_pretrain.monitor.compute_clock import ComputeClock
+from mamba_pretrain.monitor.diagnose import rank_speeds, straggler_report, stragglers
+
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from mamba_pretrain.monitor.compute_clock import ComputeClock
+from mamba_pretrain.monitor.watchdog import Watchdog
+
+run_dir, style, rank = Path(sys.argv[1]), sys.argv[2], int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=f"file://{run_dir}/store", rank=rank, world_size=3)
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+    def forward(self, x):
+        time.sleep(0.04 if rank == 1 else 0.02)
+        return self.linear(x)
+
+model = torch.nn.Sequential(Layer(), Layer(), Layer())
+if style == "fsdp2":
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+else:
+    model = torch.nn.parallel.DistributedDataParallel(model)
+clock = ComputeClock(torch.device("cpu"))
+forward = clock.timed(lambda x: model(x).sum())
+with Watchdog(run_dir, SimpleNamespace(rank=rank), 60) as watchdog:
+    for step in range(1, 12):
+        forward(torch.ones(1, 8)).backward()
+        watchdog.beat(step, "compute", compute_seconds=clock.take())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("style", ["fsdp2", "ddp"])
+def test_slowed_rank_is_named(tmp_path: Path, style: str) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "worker.py"), str(tmp_path), style],
+            env={**os.environ, "RANK": str(rank), "OMP_NUM_THREADS": "1", "SLURMD_NODENAME": f"node{rank}"},
+        )
+        for rank in range(3)
+    ]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0, 0]
+    assert [speed.rank for speed in stragglers(rank_speeds(tmp_path))] == [1]
+    assert "straggler: rank 1 on node node1" in "\n".join(straggler_report(tmp_path))
+
+
+def test_clock_adds_up_and_starts_anew() -> None:
+    clock = ComputeClock(torch.device("cpu"))
+    timed = clock.timed(lambda x: (x @ x).sum())
+    timed(torch.ones(64, 64))
+    timed(torch.ones(64, 64))
+    assert clock.take() > 0.0
+    assert clock.take() == 0.0

@@ -13,7 +13,8 @@ class ParallelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     strategy: Literal["auto", "single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"] = Field(
-        "auto", description="auto: single for one process, else fsdp2; hsdp shards inside groups of hsdp_shard_size and replicates between them"
+        "auto",
+        description="auto: single for one process, else fsdp2; hsdp shards inside groups of hsdp_shard_size and replicates between them",
     )
     hsdp_shard_size: int | None = Field(None, ge=1, description="hsdp: processes that share one copy; empty: those of one node")
     reshard_after_forward: bool = Field(True, description="fsdp2, hsdp: free gathered weights between forward and backward (less memory)")
@@ -31,4 +32,6 @@ class PrecisionConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    compute: Literal["bf16", "fp32"] = Field("bf16", description="dtype of matmuls; A_log, D, dt_bias and norm weights are used in fp32 always")
+    compute: Literal["bf16", "fp32"] = Field(
+        "bf16", description="dtype of matmuls; A_log, D, dt_bias and norm weights are used in fp32 always"
+    )

@@ -41,7 +41,9 @@ class DeepSpeedEngine(Engine):
         self._named: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
         self.optimizer = build_optimizer(self._named)
         self._stage = int(self.name.removeprefix("zero"))
-        config = zero_config(self._stage, self.parallel.cpu_offload, self.parallel.zero_hpz_partition_size, self.precision.compute == "bf16")
+        config = zero_config(
+            self._stage, self.parallel.cpu_offload, self.parallel.zero_hpz_partition_size, self.precision.compute == "bf16"
+        )
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=merged(config, self.parallel.deepspeed), dist_init_required=False

@@ -82,7 +82,9 @@ class Engine(ABC):
     def inputs(self, batch: Batch) -> tuple[Tensor, Boundaries, Tensor]:
         """Tokens, boundaries and labels on the device; copies from pinned memory do not block."""
         device = self.topology.device
-        tokens, labels, seq_idx, positions = (t.to(device, non_blocking=True) for t in (batch.tokens, batch.labels, batch.seq_idx, batch.positions))
+        tokens, labels, seq_idx, positions = (
+            t.to(device, non_blocking=True) for t in (batch.tokens, batch.labels, batch.seq_idx, batch.positions)
+        )
         return tokens, Boundaries(seq_idx, positions), labels
 
 

@@ -42,7 +42,9 @@ def detect(environment: Mapping[str, str] = os.environ) -> Topology:
     if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
         local, world = int(environment["SLURM_LOCALID"]), int(environment["SLURM_NTASKS"])
         node = int(environment["SLURM_NODEID"])
-        local_world = _tasks_of_node(environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", str(world))), node)
+        local_world = _tasks_of_node(
+            environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", str(world))), node
+        )
         return Topology(int(environment["SLURM_PROCID"]), local, world, local_world, node, "slurm", _device(local))
     return Topology(0, 0, 1, 1, 0, "python", _device(0))
 

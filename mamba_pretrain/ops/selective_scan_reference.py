@@ -246,8 +246,8 @@ def _empty_outputs(ops: _Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(
-    dy: Tensor,
-    dfinal: Tensor,
+    dy: Tensor | None,
+    dfinal: Tensor | None,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -261,6 +261,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     ops = _Operands(u, delta, A, B, C, D, z, delta_bias, starts)
     grads = _Gradients.zeros(ops)
+    dy = torch.zeros_like(u) if dy is None else dy
+    dfinal = torch.zeros_like(grads.initial) if dfinal is None else dfinal
     for channels in ops.channel_slices():
         state = dfinal[:, channels].float().transpose(1, 2)
         for time in reversed(ops.segments()):
@@ -351,7 +353,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, starts, initial_state):  # type
 @torch.library.custom_op(
     "mamba_pretrain::selective_scan_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor dfinal, {_INPUTS}, Tensor before) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor? dy, Tensor? dfinal, {_INPUTS}, Tensor before) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, starts, before):  # type: ignore[no-untyped-def]
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state); empty tensors for absent inputs."""
@@ -374,6 +376,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*tensors, output[2])
     ctx.has_initial = initial_state is not None
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]

@@ -23,26 +23,30 @@ BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 @dataclass
 class _Block:
-    """Operands of some chunks, fp32; g groups of r heads, T steps a chunk. Matrices over time are stored (from step j, to step i)."""
+    """Operands of some chunks, fp32: c chunks, g groups of r heads, T steps a chunk.
 
-    x: Tensor  # (b, c, T, g, r, p)
-    dt: Tensor  # (b, c, g, r, T)
+    Matrices over time are stored (from step j, to step i), states as (n, r * p).
+    """
+
+    x: Tensor  # (c, b, T, g, r, p)
+    dt: Tensor  # (c, b, g, r, T)
     A: Tensor  # (g, r)
-    B: Tensor  # (b, c, g, T, n)
-    C: Tensor  # (b, c, g, T, n)
-    starts: Tensor | None  # (b, c, T)
+    B: Tensor  # (c, b, g, T, n)
+    C: Tensor  # (c, b, g, T, n)
+    starts: Tensor | None  # (c, b, T)
 
     def __post_init__(self) -> None:
         a = self.dt * self.A.unsqueeze(-1)
-        self.between = self._decay_between(a)  # (b, c, g, r, T, T)
-        self.from_before = self._decay_from_before(a)  # (b, c, g, r, T): of the state before the chunk
-        self.to_end = self.between[..., -1]  # (b, c, g, r, T): of an input in the state after the chunk
-        self.mixing = self.between * (self.B @ self.C.transpose(-1, -2)).unsqueeze(3)  # (b, c, g, r, T, T), without dt
-        self.inputs = _by_head(self.x, self.dt)  # dt x
+        self.between = self._decay_between(a)  # (c, b, g, r, T, T)
+        self.from_before = self._decay_from_before(a)  # (c, b, g, r, T): of the state before the chunk
+        self.to_end = self.between[..., -1]  # (c, b, g, r, T): of an input in the state after the chunk
+        self.mixing = self.between * (self.B @ self.C.transpose(-1, -2)).unsqueeze(3)  # (c, b, g, r, T, T), without dt
+        self.inputs = _by_head(self.x * _over_channels(self.dt))  # dt x
         self.weighted = _by_group(self.x, self.dt * self.to_end)  # dt x, decayed to the chunk's end
 
     def _decay_between(self, a: Tensor) -> Tensor:
-        decay = a.unsqueeze(-2).expand(*a.shape, a.shape[-1]).triu(1).cumsum_(-1).exp_().triu_()
+        later = torch.ones(a.shape[-1], a.shape[-1], device=a.device).triu_(1)
+        decay = (a.unsqueeze(-2) * later).cumsum_(-1).exp_().triu_()
         if self.starts is not None:
             document = self.starts.cumsum(-1)
             decay.masked_fill_((document.unsqueeze(-1) != document.unsqueeze(-2))[:, :, None, None], 0.0)
@@ -55,59 +59,58 @@ class _Block:
         return decay.masked_fill_((self.starts.cumsum(-1) > 0)[:, :, None, None], 0.0)
 
     def outputs(self, before: Tensor) -> Tensor:
-        """C . state for every step, (b, c, T, g, r, p), given the states before each chunk (b, c, g, r * p, n)."""
+        """C . state for every step, (c, b, T, g, r, p), given the states before each chunk (c, b, g, n, r * p)."""
         inside = (self.mixing.transpose(-1, -2) @ self.inputs).permute(0, 1, 4, 2, 3, 5)
         return torch.addcmul(inside, self.read(before), _over_channels(self.from_before))
 
     def read(self, state: Tensor) -> Tensor:
-        """C . state of one state a chunk: (b, c, T, g, r, p)."""
-        return _split(self.C @ state.transpose(-1, -2), self.x.shape[-1])
+        """C . state of one state a chunk: (c, b, T, g, r, p)."""
+        return _split(self.C @ state, self.x.shape[-1])
 
 
-def _by_head(x: Tensor, factor: Tensor) -> Tensor:
-    """x (b, c, T, g, r, p) times factor (b, c, g, r, T), contiguous as (b, c, g, r, T, p)."""
-    x = x.permute(0, 1, 3, 4, 2, 5)
-    return torch.mul(x, factor.unsqueeze(-1), out=x.new_empty(x.shape))
+def _by_head(x: Tensor) -> Tensor:
+    """(c, b, T, g, r, p) as (c, b, g, r, T, p), contiguous."""
+    return x.permute(0, 1, 3, 4, 2, 5).contiguous()
 
 
 def _by_group(x: Tensor, factor: Tensor) -> Tensor:
-    """x (b, c, T, g, r, p) times factor (b, c, g, r, T), contiguous as (b, c, g, T, r * p)."""
+    """x (c, b, T, g, r, p) times factor (c, b, g, r, T), contiguous as (c, b, g, T, r * p)."""
     x = x.transpose(2, 3)
     return torch.mul(x, factor.transpose(-1, -2).unsqueeze(-1), out=x.new_empty(x.shape)).flatten(-2)
 
 
 def _over_channels(factor: Tensor) -> Tensor:
-    """(b, c, g, r, T) as (b, c, T, g, r, 1)."""
+    """(c, b, g, r, T) as (c, b, T, g, r, 1)."""
     return factor.permute(0, 1, 4, 2, 3).unsqueeze(-1)
 
 
 def _over_heads(t: Tensor) -> Tensor:
-    """(b, c, T, g, r) as (b, c, g, r, T)."""
+    """(c, b, T, g, r) as (c, b, g, r, T)."""
     return t.permute(0, 1, 3, 4, 2)
 
 
 def _split(t: Tensor, p: int) -> Tensor:
-    """(b, c, g, T, r * p) as (b, c, T, g, r, p)."""
+    """(c, b, g, T, r * p) as (c, b, T, g, r, p)."""
     return t.unflatten(-1, (-1, p)).transpose(2, 3)
 
 
 def _carry(added: Tensor, decay: Tensor, state: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Turns what chunks add (b, c, g, r * p, n) into the states before each, in place; also returns the state after the last.
+    """Turns what chunks add (c, b, g, n, r * p) into the states before each, in place; also returns the state after the last.
 
-    ``decay`` (b, c, g, r) is each chunk's. ``reverse`` runs backward in time, for adjoints.
+    ``decay`` (c, b, g, r) is each chunk's. ``reverse`` runs backward in time, for adjoints.
     """
-    factors = decay.repeat_interleave(added.shape[3] // decay.shape[3], dim=3).unsqueeze(-1)
-    order = range(added.shape[1])
+    factors = decay.repeat_interleave(added.shape[-1] // decay.shape[-1], dim=-1).unsqueeze(-2)
+    order = range(len(added))
     for c in reversed(order) if reverse else order:
-        after = torch.addcmul(added[:, c], factors[:, c], state)
-        added[:, c] = state
+        after = torch.addcmul(added[c], factors[c], state)
+        added[c] = state
         state = after
     return added, state
 
 
 def _block_forward(block: _Block, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, the states before each chunk, and the state after the block (b, g, r * p, n)."""
-    before, final = _carry(block.weighted.transpose(-1, -2) @ block.B, block.from_before[..., -1], initial)
+    """Outputs, the states before each chunk, and the state after the block (b, g, n, r * p)."""
+    before, final = _carry(block.B.transpose(-1, -2) @ block.weighted, block.from_before[..., -1], initial)
     return block.outputs(before), before, final
 
 
@@ -124,33 +127,33 @@ class _BlockGradients:
 
 
 def _block_backward(block: _Block, before: Tensor, dy: Tensor, dfinal: Tensor) -> _BlockGradients:
-    """From ``dy`` (b, c, T, g, r, p) and the gradient of the state after the block (b, g, r * p, n)."""
+    """From ``dy`` (c, b, T, g, r, p) and the gradient of the state after the block (b, g, n, r * p)."""
     decayed = _by_group(dy, block.from_before)
-    after, dinitial = _carry(decayed.transpose(-1, -2) @ block.C, block.from_before[..., -1], dfinal, reverse=True)
+    after, dinitial = _carry(block.C.transpose(-1, -2) @ decayed, block.from_before[..., -1], dfinal, reverse=True)
     # Through the chunk's own matrix, then through the states it reads and writes.
-    dy_heads = _by_head(dy, torch.ones_like(block.dt))
+    dy_heads = _by_head(dy)
     dmixing = block.inputs @ dy_heads.transpose(-1, -2)
     dsums = dmixing * block.mixing
     dscores = dmixing.mul_(block.between).sum(3)
-    dwritten = _split(block.B @ after.transpose(-1, -2), dy.shape[-1])
+    dwritten = _split(block.B @ after, dy.shape[-1])
     dinputs = torch.addcmul((block.mixing @ dy_heads).permute(0, 1, 4, 2, 3, 5), dwritten, _over_channels(block.to_end))
     dsums[..., -1] += _over_heads((dwritten * block.x).sum(-1)) * (block.dt * block.to_end)
     dfrom_before = _over_heads((dy * block.read(before)).sum(-1)) * block.from_before
-    kept = (after * before).unflatten(3, dy.shape[-2:]).sum((-1, -2))
+    kept = (after * before).sum(-2).unflatten(-1, dy.shape[-2:]).sum(-1)
     dfrom_before[..., -1] += kept * block.from_before[..., -1]
     return _BlockGradients(
         x=dinputs * _over_channels(block.dt),
         dt=_over_heads((dinputs * block.x).sum(-1)),
         a=_sums_backward(dsums) + dfrom_before.flip(-1).cumsum(-1).flip(-1),
-        B=block.weighted @ after + dscores @ block.C,
-        C=decayed @ before + dscores.transpose(-1, -2) @ block.B,
+        B=(block.weighted @ after.transpose(-1, -2)).add_(dscores @ block.C),
+        C=(decayed @ before.transpose(-1, -2)).add_(dscores.transpose(-1, -2) @ block.B),
         initial=dinitial,
     )
 
 
 def _sums_backward(dsums: Tensor) -> Tensor:
     """Gradient of the steps (..., T) from that of the sums (..., from j, to i): step k is in every sum with j < k <= i."""
-    over_later = dsums.flip(-1).cumsum(-1).flip(-1)
+    over_later = dsums.flip(-1).cumsum_(-1).flip(-1)
     return over_later.triu_(1).sum(-2)
 
 
@@ -193,20 +196,20 @@ class _Operands:
         return found
 
     def chunked(self, t: Tensor) -> Tensor:
-        """(b, time, ...) as (b, c, T, ...) fp32. Padding is zero: a step with dt = 0 changes nothing."""
+        """(b, time, ...) as (c, b, T, ...) fp32. Padding is zero: a step with dt = 0 changes nothing."""
         missing = -t.shape[1] % self.steps
         t = t.float()
         if missing:
             t = torch.cat([t, t.new_zeros(t.shape[0], missing, *t.shape[2:])], dim=1)
-        return t.unflatten(1, (-1, self.steps))
+        return t.unflatten(1, (-1, self.steps)).transpose(0, 1)
 
     def grouped(self, t: Tensor) -> Tensor:
-        """(b, time, h, ...) as (b, c, T, g, r, ...)."""
+        """(b, time, h, ...) as (c, b, T, g, r, ...)."""
         return self.chunked(t).unflatten(3, (self.groups, self.per_group))
 
     def to_time(self, t: Tensor, time: slice) -> Tensor:
-        """(b, c, T, g, r, ...) back to (b, time, h, ...)."""
-        return t.flatten(3, 4).flatten(1, 2)[:, : time.stop - time.start]
+        """(c, b, T, ...) back to (b, time, ...)."""
+        return t.transpose(0, 1).flatten(1, 2)[:, : time.stop - time.start]
 
     def raw_dt(self, time: slice) -> Tensor:
         """dt + dt_bias before the softplus: (b, time, h) fp32."""
@@ -220,33 +223,40 @@ class _Operands:
             x=self.grouped(self.x[:, time]),
             dt=_over_heads(self.grouped(dt)).contiguous(),
             A=self.A.float().view(self.groups, self.per_group),
-            B=self.chunked(self.B[:, time]).transpose(2, 3),
-            C=self.chunked(self.C[:, time]).transpose(2, 3),
+            B=self.chunked(self.B[:, time]).transpose(2, 3).contiguous(),
+            C=self.chunked(self.C[:, time]).transpose(2, 3).contiguous(),
             starts=None if self.starts is None else self.chunked(self.starts[:, time]) > 0,
         )
 
     def state_in(self, state: Tensor) -> Tensor:
-        """(b, h, p, n) as (b, g, r * p, n) fp32."""
-        return state.float().reshape(len(state), self.groups, self.per_group * self.p, self.n)
+        """(b, h, p, n) as (b, g, n, r * p) fp32."""
+        return state.float().reshape(len(state), self.groups, -1, self.n).transpose(-1, -2)
+
+    def state_out(self, state: Tensor) -> Tensor:
+        """The inverse of ``state_in``."""
+        return state.transpose(-1, -2).reshape(len(state), -1, self.p, self.n)
 
     def empty_outputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for y, the final state, and the states before chunks."""
         batch, _, heads, p = self.x.shape
-        before = (batch, self.chunks, self.groups, self.per_group * p, self.n)
-        fp32 = torch.float32
-        return self.x.new_empty(self.x.shape), self.x.new_empty((batch, heads, p, self.n), dtype=fp32), self.x.new_empty(before, dtype=fp32)
+        before = (self.chunks, batch, self.groups, self.n, self.per_group * p)
+        y, new = self.x.new_empty(self.x.shape), self.x.new_empty
+        return y, new((batch, heads, p, self.n), dtype=torch.float32), new(before, dtype=torch.float32)
 
 
 def _forward(ops: _Operands, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     y, final, before = ops.empty_outputs()
     state = ops.state_in(torch.zeros_like(final) if initial_state is None else initial_state)
     for time, chunks in ops.blocks():
-        out, before[:, chunks], state = _block_forward(ops.block(time), state)
-        out = ops.to_time(out, time)
-        if ops.D is not None:
-            out = out + ops.D.float().unsqueeze(-1) * ops.x[:, time].float()
+        out, before[chunks], state = _block_forward(ops.block(time), state)
+        out = _with_skip(ops, time, ops.to_time(out, time).flatten(2, 3))
         y[:, time] = out if ops.z is None else out * F.silu(ops.z[:, time].float())
-    return y, final.copy_(state.view(final.shape)), before
+    return y, final.copy_(ops.state_out(state)), before
+
+
+def _with_skip(ops: _Operands, time: slice, y: Tensor) -> Tensor:
+    """y + D x."""
+    return y if ops.D is None else torch.addcmul(y, ops.x[:, time].float(), ops.D.float().unsqueeze(-1))
 
 
 @dataclass
@@ -285,12 +295,13 @@ class _Gradients:
         return self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial
 
 
-def _backward(ops: _Operands, dy: Tensor, dfinal: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+def _backward(ops: _Operands, dy: Tensor | None, dfinal: Tensor | None, before: Tensor) -> tuple[Tensor, ...]:
     grads = _Gradients.zeros(ops)
-    state = ops.state_in(dfinal)
+    dy = torch.zeros_like(ops.x) if dy is None else dy
+    state = ops.state_in(torch.zeros_like(grads.initial) if dfinal is None else dfinal)
     for time, chunks in reversed(ops.blocks()):
-        state = _accumulate(ops, grads, time, dy[:, time].float(), state, before[:, chunks])
-    grads.initial.copy_(state.view(grads.initial.shape))
+        state = _accumulate(ops, grads, time, dy[:, time].float(), state, before[chunks])
+    grads.initial.copy_(ops.state_out(state))
     return grads.in_order()
 
 
@@ -301,14 +312,13 @@ def _accumulate(ops: _Operands, grads: _Gradients, time: slice, dout: Tensor, ds
     if ops.z is not None:
         gate = ops.z[:, time].float()
         s = torch.sigmoid(gate)
-        y = ops.to_time(block.outputs(before), time)
-        y = y if ops.D is None else y + ops.D.float().unsqueeze(-1) * x
+        y = _with_skip(ops, time, ops.to_time(block.outputs(before), time).flatten(2, 3))
         grads.z[:, time] = dout * y * s * (1 + gate * (1 - s))
         dy = dout * gate * s
     found = _block_backward(block, before, ops.grouped(dy), dstate)
-    dx = ops.to_time(found.x, time)
+    dx = ops.to_time(found.x, time).flatten(2, 3)
     if ops.D is not None:
-        dx = dx + ops.D.float().unsqueeze(-1) * dy
+        dx = torch.addcmul(dx, dy, ops.D.float().unsqueeze(-1))
         grads.D += (dy * x).sum((0, 1, 3))
     grads.x[:, time] = dx
     grads.A += (found.a * block.dt).sum((0, 1, 4)).flatten()
@@ -316,13 +326,12 @@ def _accumulate(ops: _Operands, grads: _Gradients, time: slice, dout: Tensor, ds
     raw = ops.raw_dt(time)
     soft = F.softplus(raw)
     inside = (soft >= ops.dt_min) & (soft <= ops.dt_max)
-    ddt = ops.to_time(dsoft.permute(0, 1, 4, 2, 3), time) * torch.sigmoid(raw) * inside
+    ddt = ops.to_time(dsoft.permute(0, 1, 4, 2, 3), time).flatten(2) * torch.sigmoid(raw) * inside
     grads.dt[:, time] = ddt
     if ops.dt_bias is not None:
         grads.dt_bias += ddt.sum((0, 1))
-    length = time.stop - time.start
-    grads.B[:, time] = found.B.transpose(2, 3).flatten(1, 2)[:, :length]
-    grads.C[:, time] = found.C.transpose(2, 3).flatten(1, 2)[:, :length]
+    grads.B[:, time] = ops.to_time(found.B.transpose(2, 3), time)
+    grads.C[:, time] = ops.to_time(found.C.transpose(2, 3), time)
     return found.initial
 
 
@@ -346,7 +355,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, chunk_size, dt
 @torch.library.custom_op(
     "mamba_pretrain::ssd_scan_backward",
     mutates_args=(),
-    schema=f"(Tensor dy, Tensor dfinal, {_INPUTS}, Tensor before, {_OPTIONS})"
+    schema=f"(Tensor? dy, Tensor? dfinal, {_INPUTS}, Tensor before, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, before, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
@@ -371,6 +380,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.has_initial = initial_state is not None
     ctx.options = chunk_size, dt_min, dt_max
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]

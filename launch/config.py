@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from data_tools.errors import UserError
+
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 KILL_WAIT = 30  # seconds Slurm leaves between SIGTERM and SIGKILL unless the administrator changed KillWait
 
@@ -223,10 +225,9 @@ def load_cluster(path: str | Path, overrides: dict[str, object] | None = None) -
     """Reads a profile; ``overrides`` replace top-level keys (None values are ignored). UserError says in one sentence what is wrong."""
     from pydantic import ValidationError
 
-    from data_tools.errors import UserError
-    from mamba_pretrain.config import explain, read_tree
+    from mamba_pretrain.config import explain
 
-    tree = read_tree(path) | {key: value for key, value in (overrides or {}).items() if value is not None}
+    tree = _read(Path(path)) | {key: value for key, value in (overrides or {}).items() if value is not None}
     # --nodes on the command line means exactly that many, whatever range the profile allows.
     if overrides and overrides.get("nodes") is not None:
         tree.pop("min_nodes", None)
@@ -234,3 +235,18 @@ def load_cluster(path: str | Path, overrides: dict[str, object] | None = None) -
         return ClusterConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"cluster config {path}: {explain(error, ClusterConfig)}") from error
+
+
+def _read(path: Path) -> dict[str, object]:
+    """Plain YAML: ``${NAME}`` in setup lines belongs to the shell, so OmegaConf must not read these files."""
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"cluster config {path} does not exist; the ready ones are under configs/cluster/")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"cluster config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"cluster config {path} is not a mapping of keys to values; compare it with configs/cluster/local.yaml")
+    return tree

@@ -139,12 +139,12 @@ class Drill:
         pid = self.rank(rank)["pid"]
         folder = self.run_dir / "checkpoints"
         deadline = time.monotonic() + seconds
-        while not any(folder.glob(".tmp-*")):
+        while not any(folder.glob(".tmp-step-????????")):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no checkpoint was being written for {seconds:.0f} s")
             time.sleep(0.0005)
         os.kill(pid, signal.SIGKILL)
-        unfinished = [path.name for path in folder.glob(".tmp-*")]
+        unfinished = [path.name for path in folder.glob(".tmp-step-????????")]
         return f"kill -9 of rank {rank} while saving ({', '.join(unfinished) or 'just finished'})"
 
     def freeze_rank(self, rank: int | None = None) -> str:

@@ -16,6 +16,7 @@ def check(run: RunConfig, cluster: ClusterConfig, project_dir: Path) -> None:
     """Raises UserError for the first problem of a run on a cluster."""
     check_environment(cluster, project_dir)
     check_run_dir(run.run_dir)
+    check_data(run, project_dir)
     check_batch(run, cluster)
     check_strategy(run, cluster)
 
@@ -36,6 +37,14 @@ def check_run_dir(run_dir: Path) -> None:
         raise UserError(f"run_dir {str(run_dir)!r} holds a blank, quote, backslash or %, which Slurm's log paths cannot; choose another")
 
 
+def check_data(run: RunConfig, project_dir: Path) -> None:
+    """Every dataset is there, and was finished: the manifest is written last."""
+    for source in run.data.sources:
+        manifest = project_dir / source.path / "manifest.json"
+        if not manifest.is_file():
+            raise UserError(f"data source {source.path} holds no manifest.json; write it with mamba-data tokenize, or correct data.sources")
+
+
 def check_batch(run: RunConfig, cluster: ClusterConfig) -> None:
     """The global batch divides by ranks x micro-batch, for every number of nodes the job may start with."""
     size = run.train.global_batch_size
@@ -49,10 +58,12 @@ def check_batch(run: RunConfig, cluster: ClusterConfig) -> None:
 
 
 def check_strategy(run: RunConfig, cluster: ClusterConfig) -> None:
-    """A launcher of DeepSpeed starts DeepSpeed engines or others alike; one rank alone cannot shard."""
-    strategy = getattr(run.parallel, "strategy", None)
+    """One process alone cannot share, and several cannot be one."""
+    strategy, smallest = run.parallel.strategy, cluster.smallest * cluster.ranks
     if strategy == "single" and cluster.nodes * cluster.ranks > 1:
         raise UserError(
             f"parallel.strategy single uses one process, but {cluster.nodes} nodes x {cluster.ranks} ranks are asked for; "
-            "choose ddp, fsdp2, hsdp or zero1-3, or one node with ranks_per_node 1"
+            "choose auto, ddp, fsdp2, hsdp or zero1-3, or one node with ranks_per_node 1"
         )
+    if strategy in ("ddp", "hsdp") and smallest == 1:
+        raise UserError(f"parallel.strategy {strategy} needs several processes, but the job may start with one; choose auto or raise nodes")

@@ -64,7 +64,7 @@ class Rehearsal:
     def submit(self, name: str, steps: int, settings: dict[str, object] | None = None, nodes: int = 2, **keys: object) -> Drill:
         """``mamba-pretrain submit``: a run of so many steps in ``folder/name``."""
         run_dir = self.folder / name
-        changes = {"name": name, "run_dir": run_dir, "data.sources.0.path": self.data, "train.steps": steps, **SMALL, **(settings or {})}
+        changes = {"name": name, "run_dir": run_dir, "data.sources": f"[{{path: {self.data}}}]", "train.steps": steps, **SMALL, **(settings or {})}
         overrides = [f"{key}={value}" for key, value in changes.items()]
         self._python("mamba_pretrain", "submit", str(CONFIG), "--cluster", str(self.profile(**keys)), "--nodes", str(nodes), *overrides)
         return Drill(self.cluster, run_dir, Ledger(run_dir).rows[-1]["job"], random.Random(name))

@@ -2,7 +2,7 @@
 
     python benchmarks/check.py [--tolerance 0.05] [--only train_step]
 
-Exit code 1 if any figure got worse by more than the tolerance. Figures are compared where both records have them, by their place in the record.
+Exit code 1 if any figure got worse by more than the tolerance. Figures are compared where both records have them, by their place in it.
 """
 
 from __future__ import annotations

@@ -80,3 +80,33 @@ def _gpu_here() -> str | None:
     import torch
 
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def doctor(
+    run_dir: Path = typer.Option(Path("runs"), help="Folder whose disk and checkpoints are checked; a config's run_dir comes first"),
+    config: Path = typer.Option(None, help="Also check this run's datasets, run folder and tracking"),
+    json_output: bool = typer.Option(False, "--json", help="Print the findings as JSON"),
+) -> None:
+    """Check installation, kernels, GPU, disk, collectives and inputs; every red line says how to mend it. Exit code 1 if any is red.
+
+    Example: `mamba-pretrain doctor --config configs/quickstart.yaml`
+    """
+    import orjson
+    from rich.console import Console
+
+    from mamba_pretrain.config import load_config
+    from mamba_pretrain.monitor.doctor.examine import examine, show
+
+    run = load_config(config) if config is not None else None
+    console = Console()
+    found = []
+    for check in examine(run.run_dir if run is not None else run_dir, run):
+        found.append(check)
+        if not json_output:
+            show(check, console)
+    wrong = sum(check.status == "red" for check in found)
+    if json_output:
+        typer.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
+    else:
+        console.print(f"\n{wrong} to mend" if wrong else "\nall well", style="red" if wrong else "green")
+    raise typer.Exit(1 if wrong else 0)

@@ -1,0 +1,277 @@
+"""The doctor finds planted faults, one by one, and names the remedy; on a healthy machine nothing is red."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from data_tools.indexed import IndexedWriter
+from data_tools.manifest import Manifest, Shard, Split, TokenizerInfo, xxh3
+from mamba_pretrain.cli import app
+from mamba_pretrain.monitor.doctor import hardware, inputs, software
+from mamba_pretrain.monitor.doctor.check import Check, guarded
+from mamba_pretrain.monitor.doctor.parity import CASES, parity
+from mamba_pretrain.ops import registry
+
+CPU = torch.device("cpu")
+
+
+def only_red(checks: list[Check]) -> Check:
+    found = [check for check in checks if check.status == "red"]
+    assert len(found) == 1, checks
+    assert found[0].remedy
+    return found[0]
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts packages and modules in front of the installed ones: ``plant(package, version, modules={name: source})``."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+
+    def add(package: str, version: str, modules: dict[str, str] | None = None) -> None:
+        info = site / f"{package.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        for name, source in (modules or {}).items():
+            (site / f"{name}.py").write_text(source)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return add
+
+
+def command(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+# -- planted faults
+
+
+def test_fault_kernel_absent(plant: Any) -> None:
+    plant("mamba-ssm", "9.9.9")
+    found = only_red(list(software.compiled_kernels()))
+    assert "without its kernel selective_scan_cuda" in found.detail
+    assert "MAMBA_KEEP_CUDA_BUILD=TRUE" in found.remedy
+
+
+def test_fault_wrong_abi(plant: Any) -> None:
+    source = 'raise ImportError("causal_conv1d_cuda.so: undefined symbol: _ZN3c104cuda9SetDeviceEi")'
+    plant("causal-conv1d", "1.0.0", {"causal_conv1d_cuda": source})
+    found = only_red(list(software.compiled_kernels()))
+    assert "built for another torch" in found.detail
+    assert "--no-build-isolation" in found.remedy
+    assert "causal-conv1d==1.0.0" in found.remedy
+
+
+def test_fault_old_package(plant: Any) -> None:
+    plant("sentencepiece", "0.0.1")
+    found = only_red(list(software.versions()))
+    assert "sentencepiece 0.0.1 is older than 0.2" in found.detail
+
+
+def test_fault_cpu_build_of_torch_beside_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command(tmp_path / "bin", "nvidia-smi", "echo 'NVIDIA H100 80GB HBM3, 580.1, 81559 MiB'")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = only_red(list(software.gpu()))
+    assert "H100" in found.detail
+    assert "CUDA build" in found.remedy
+
+
+@pytest.fixture
+def broken_op() -> Iterator[Any]:
+    """Registers a faulty implementation of the selective scan for one test."""
+    reference = next(i for i in registry.implementations("selective_scan") if i.name == "reference").function
+
+    def add(change: Any) -> None:
+        registry.register("selective_scan", "planted", priority=-5)(lambda **named: change(reference, named))
+
+    yield add
+    registry._implementations["selective_scan"].pop("planted", None)
+
+
+def planted(checks: Iterator[Check]) -> Check:
+    return next(check for check in checks if check.name.endswith(": planted"))
+
+
+def test_fault_wrong_result(broken_op: Any) -> None:
+    broken_op(lambda reference, named: reference(**{**named, "seq_idx": None}))  # ignores documents, as mamba_ssm does
+    found = planted(parity(CPU))
+    assert found.status == "red"
+    assert "result differs" in found.detail
+    assert "ops.require" in found.remedy
+
+
+def test_fault_wrong_gradient(broken_op: Any) -> None:
+    def detached(reference: Any, named: dict) -> Any:
+        B = named["B"]
+        return reference(**{**named, "B": B.detach() + 0.5 * (B - B.detach())})
+
+    broken_op(detached)
+    found = planted(parity(CPU))
+    assert found.status == "red"
+    assert "gradient of B" in found.detail
+
+
+def test_fault_nan(broken_op: Any) -> None:
+    broken_op(lambda reference, named: reference(**named) * float("nan"))
+    assert planted(parity(CPU)).status == "red"
+
+
+def test_fault_implementation_raises(broken_op: Any) -> None:
+    def fail(reference: Any, named: dict) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    broken_op(fail)
+    found = planted(parity(CPU))
+    assert found.status == "red"
+    assert "illegal memory access" in found.detail
+
+
+def test_fault_full_disk(tmp_path: Path) -> None:
+    (tmp_path / hardware.PROBE).symlink_to("/dev/full")
+    found = only_red(list(hardware.disk(tmp_path)))
+    assert "No space left on device" in found.detail
+    assert "free space" in found.remedy
+
+
+def test_fault_run_folder_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    assert "cannot be written" in only_red(list(hardware.disk(tmp_path / "run"))).detail
+
+
+def test_fault_small_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(total=64 << 20, free=1, used=1))
+    found = only_red(list(hardware.limits(tmp_path)))
+    assert "--shm-size" in found.remedy
+
+
+def write_checkpoint(run: Path, step: int) -> Path:
+    from mamba_pretrain.checkpoint.files import write_segments
+    from mamba_pretrain.checkpoint.portable import Segment
+
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    record = write_segments(folder / "rank-00000.safetensors", [Segment("model.w", (8,), 0, torch.arange(8.0))])
+    body = {"format": 1, "step": step, "date": "-", "engine": "single", "world_size": 1, "meta": {}, "files": [record.to_dict()]}
+    (folder / "manifest.json").write_text(json.dumps(body))
+    return folder
+
+
+def test_fault_bad_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 10)
+    assert [check.status for check in inputs.checkpoint(tmp_path)] == ["green"]
+    data = write_checkpoint(tmp_path, 20) / "rank-00000.safetensors"
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1
+    data.write_bytes(content)
+    found = only_red(list(inputs.checkpoint(tmp_path)))
+    assert "another checksum" in found.detail
+    assert "step-00000020" in found.remedy
+    assert "step 10" in found.remedy
+
+
+def write_dataset(folder: Path, highest: int, vocab: int) -> Path:
+    (folder / "train").mkdir(parents=True)
+    with IndexedWriter(folder / "train" / "00000", np.uint16) as writer:
+        writer.add(np.array([1, 2, highest], dtype=np.uint16), [2, 1])
+    prefix = folder / "train" / "00000"
+    shard = Shard("train/00000", 2, 3, "uint16", xxh3(prefix.with_suffix(".bin")), xxh3(prefix.with_suffix(".idx")))
+    Manifest(TokenizerInfo("sentencepiece", "0" * 32, vocab, 0, 0), {"train": Split([shard])}).save(folder)
+    return folder
+
+
+def test_fault_wrong_ids_from_a_tokenizer(tmp_path: Path) -> None:
+    assert [c.status for c in inputs.dataset(write_dataset(tmp_path / "good", 99, 100), 100)] == ["green"]
+    found = only_red(list(inputs.dataset(write_dataset(tmp_path / "bad", 300, 100), 512)))
+    assert "holds id 300, but the tokenizer ends at 99" in found.detail
+    assert "tokenize again" in found.remedy
+
+
+def test_fault_vocabulary_smaller_than_the_tokenizer(tmp_path: Path) -> None:
+    found = only_red(list(inputs.dataset(write_dataset(tmp_path / "data", 99, 100), 64)))
+    assert "model.vocab_size=100" in found.remedy
+
+
+def test_fault_truncated_shard(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data", 99, 100)
+    path = data / "train" / "00000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    found = only_red(guarded("dataset", lambda: inputs.dataset(data)))
+    assert "truncated or damaged" in found.detail
+    assert "tokenize again" in found.remedy
+
+
+def test_fault_slurm_controller_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command(tmp_path / "bin", "sbatch", "exit 0")
+    command(tmp_path / "bin", "sinfo", "echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    found = only_red(list(software.slurm()))
+    assert "Unable to contact" in found.detail
+    assert "munge" in found.remedy
+
+
+def test_fault_wandb_online_without_key_or_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert "wandb login" in only_red(list(software.wandb("online"))).remedy
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert "offline" in only_red(list(software.wandb("online"))).remedy
+
+
+def test_fault_collectives_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "ALL_REDUCE", "import sys; sys.exit('connect() timed out')")
+    found = only_red(list(hardware.all_reduce()))
+    assert "timed out" in found.detail
+
+
+def test_a_check_that_breaks_is_a_finding() -> None:
+    def broken() -> Iterator[Check]:
+        raise ValueError("surprise")
+        yield
+
+    assert "surprise" in only_red(guarded("x", broken)).detail
+
+
+# -- health
+
+
+def test_every_op_has_a_case() -> None:
+    assert {i.op for i in registry.implementations()} == set(CASES)
+
+
+def test_a_healthy_machine_is_green(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["doctor", "--run-dir", str(tmp_path), "--json"])
+    found = json.loads(result.stdout)
+    assert [check for check in found if check["status"] == "red"] == []
+    assert result.exit_code == 0
+    assert {"versions", "speed of the device", "open files"} <= {check["name"] for check in found}
+    assert any(check["name"].startswith("all-reduce (gloo") or "nccl" in check["name"] for check in found)
+
+
+def test_red_gives_exit_code_one_and_says_how_to_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code = "from mamba_pretrain.monitor.doctor import examine as e; e.hardware.all_reduce = e.hardware.ceilings = lambda: []; "
+    code += "from mamba_pretrain.cli import main; main(['doctor', '--run-dir', sys_argv])"
+    code = code.replace("sys_argv", repr(str(tmp_path / "file")))
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert "mend: free space" in finished.stdout
+    assert "1 to mend" in finished.stdout

@@ -65,6 +65,8 @@ class IndexedWriter:
     def __init__(self, prefix: str | Path, dtype: np.dtype | type[np.generic]) -> None:
         self.bin_path, self.idx_path = paths(prefix)
         self.dtype = np.dtype(dtype)
+        self.documents = 0
+        self.tokens = 0
         self._lengths: list[np.ndarray] = []
         self._temporary = self.bin_path.with_name(f".tmp-{self.bin_path.name}")
         self.bin_path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +79,8 @@ class IndexedWriter:
             raise ValueError(f"lengths sum to {int(counts.sum())}, but there are {len(tokens)} tokens")
         self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self._lengths.append(counts)
+        self.documents += len(counts)
+        self.tokens += len(tokens)
 
     def close(self) -> None:
         """Forces both files to disk and gives them their names."""
@@ -113,10 +117,11 @@ class IndexedDataset:
     ``lengths`` (i32), ``pointers`` (i64, bytes) and ``documents`` (i64) are read-only arrays over the file.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, bin_size: int | None = None) -> None:
+        """``bin_size``: bytes of the ``.bin`` where it lies elsewhere (in object storage) and only the ``.idx`` is here."""
         self.prefix = str(prefix)
         self.bin_path, self.idx_path = paths(prefix)
-        for path in (self.bin_path, self.idx_path):
+        for path in (self.idx_path,) if bin_size is not None else (self.bin_path, self.idx_path):
             if not path.is_file():
                 raise UserError(f"{path} does not exist; tokenize again, or copy the whole dataset folder")
         size = self.idx_path.stat().st_size
@@ -139,7 +144,7 @@ class IndexedDataset:
         self.pointers: np.ndarray = mapped[ends[1] : ends[2]].view(np.int64)
         self.documents: np.ndarray = mapped[ends[2] : ends[3]].view(np.int64)
         self.n_tokens = int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1]) if n_sequences else 0
-        found = self.bin_path.stat().st_size
+        found = self.bin_path.stat().st_size if bin_size is None else bin_size
         if found != self.n_tokens * self.dtype.itemsize:
             raise UserError(
                 f"{self.bin_path} has {found} bytes, but its index describes {self.n_tokens * self.dtype.itemsize}: it is truncated or damaged; "

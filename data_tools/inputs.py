@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import gzip
 import io
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -96,14 +97,14 @@ def plan_tasks(files: list[Path]) -> list[list[Part]]:
         if kind == "jsonl" and file.suffix not in COMPRESSED and size > BYTES_PER_TASK:
             count = -(-size // BYTES_PER_TASK)
             edges = [size * i // count for i in range(count)] + [size]
-            tasks += [[Part(str(file), kind, a, b)] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            tasks += [[Part(str(file), kind, a, b)] for a, b in itertools.pairwise(edges)]
             continue
         group.append(Part(str(file), kind))
         weight += size
         if weight >= BYTES_PER_TASK:
             tasks.append(group)
             group, weight = [], 0
-    return tasks + [group] if group else tasks
+    return [*tasks, group] if group else tasks
 
 
 def read_part(part: Part, text_key: str) -> Iterator[Record]:

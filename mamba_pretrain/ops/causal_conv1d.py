@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from data_tools.errors import UserError
 from mamba_pretrain.ops import registry
-from mamba_pretrain.ops.common import document_starts, row_blocks, silu_backward
+from mamba_pretrain.ops.common import document_numbers, row_blocks, silu_backward
 
 
 def causal_conv1d(
@@ -59,19 +59,21 @@ def reference(
     return_final_state: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Shifted multiply-adds in fp32, block by block of time; the backward pass recomputes what precedes the activation."""
-    history = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2]) if initial_state is None else initial_state.to(x.dtype)
-    document = _document_numbers(seq_idx)
+    history = inputs_before(x, weight, initial_state)
+    document = document_numbers(seq_idx)
     y = forward(x, weight, bias, document, history, activation == "silu")
-    return (y, _final_inputs(x, history, document)) if return_final_state else y
+    return (y, final_inputs(x, history, document)) if return_final_state else y
 
 
-def _document_numbers(seq_idx: Tensor | None) -> Tensor | None:
-    """(b, l): 0, 1, 2, ... along each row."""
-    starts = document_starts(seq_idx)
-    return None if starts is None else starts.cumsum(1)
+def inputs_before(x: Tensor, weight: Tensor, initial_state: Tensor | None) -> Tensor:
+    """The inputs before position 0, (b, w - 1, d) in ``x.dtype``: zero unless a state is continued."""
+    if initial_state is not None:
+        return initial_state.to(x.dtype)
+    return x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
 
 
-def _final_inputs(x: Tensor, history: Tensor, document: Tensor | None) -> Tensor:
+def final_inputs(x: Tensor, history: Tensor, document: Tensor | None) -> Tensor:
+    """The inputs that the next token would reach, (b, w - 1, d), zero where they lie before its document."""
     taps = history.shape[1]
     final = torch.cat([history, x[:, max(0, x.shape[1] - taps) :]], dim=1)[:, -taps:] if taps else history
     if document is None:
@@ -119,7 +121,9 @@ class _Window:
         return dinputs
 
 
-def _windows(x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None, history: Tensor) -> Iterator[tuple[int, slice, _Window]]:
+def _windows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None, history: Tensor
+) -> Iterator[tuple[int, slice, _Window]]:
     """(row, time, window) over the whole input."""
     reach = history.shape[1]
     taps, offset = weight.float().t().contiguous(), None if bias is None else bias.float()

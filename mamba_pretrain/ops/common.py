@@ -18,6 +18,12 @@ def document_starts(seq_idx: Tensor | None) -> Tensor | None:
     return starts
 
 
+def document_numbers(seq_idx: Tensor | None) -> Tensor | None:
+    """(b, l) int32: 0, 1, 2, ... along each row, so that equal numbers mean the same document and 0 the one an initial state belongs to."""
+    starts = document_starts(seq_idx)
+    return None if starts is None else starts.cumsum(1, dtype=torch.int32)
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager:
     """Inside, matmuls keep the dtype they are given: autocast would lower fp32 states to bf16."""
     return torch.autocast(tensor.device.type, enabled=False)

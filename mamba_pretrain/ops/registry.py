@@ -29,6 +29,8 @@ PROVIDERS = (
     "causal_conv1d",
     "rms_norm",
     "cross_entropy",
+    "official",
+    "triton_norm",
 )
 
 
@@ -147,7 +149,7 @@ def resolve(op: str, request: Request) -> Implementation:
                 f"ops.require asks for {op}={required}, which cannot serve this call: {why}; possible here: {', '.join(others)}"
             )
         return _remember(chosen, request, "required")
-    refused = []
+    refused: list[str] = []
     for candidate in sorted(candidates.values(), key=lambda i: -i.priority):
         if (why := candidate.unsupported(request)) is None:
             return _remember(candidate, request, "; ".join(refused) or "the best there is")

@@ -1,0 +1,203 @@
+"""RMS norm with fused addition, and the gated norm, in Triton: one pass forward, one pass backward, no atomics.
+
+Runs on CUDA, and on a CPU under Triton's interpreter (TRITON_INTERPRET=1) for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from mamba_pretrain.ops import registry
+from mamba_pretrain.ops.registry import Request
+from mamba_pretrain.ops.rms_norm import output_dtype
+
+MAX_CHANNELS = 16384
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unsupported(request: Request) -> str | None:
+    """Why the kernels cannot serve."""
+    if request.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA device, not {request.device}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if request.dtype not in _FLOATS:
+        return f"it computes in fp32, fp16 or bf16, not {request.dtype}"
+    channels = request.get("group_size") or request["x"].shape[-1]
+    return None if channels <= MAX_CHANNELS else f"it normalises at most {MAX_CHANNELS} channels at once, not {channels}"
+
+
+@registry.register("rms_norm", "triton", priority=30, unsupported=unsupported)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """See ``rms_norm.rms_norm``."""
+    y, new_residual, _ = rms_forward(_rows(x), None if residual is None else _rows(residual), weight.contiguous(), eps, output_dtype(x))
+    return y.view(x.shape) if residual is None else (y.view(x.shape), new_residual.view(x.shape))
+
+
+@registry.register("gated_rms_norm", "triton", priority=30, unsupported=unsupported)
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int | None) -> Tensor:
+    """See ``rms_norm.gated_rms_norm``."""
+    size = group_size or x.shape[-1]
+    return gated_forward(_rows(x), _rows(z), weight.contiguous(), eps, size, output_dtype(x))[0].view(x.shape)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., d) as (rows, d) with contiguous channels: a view wherever the rows are evenly spaced."""
+    flat = t.reshape(-1, t.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _launch(size: int) -> dict[str, int]:
+    """Block and warps for ``size`` channels a program."""
+    block = 1 << max(4, (size - 1).bit_length())
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+
+
+def _programs(rows: int, groups: int, device: torch.device) -> int:
+    """Programs of a backward pass: enough to fill the device a few times, each with rows to walk over."""
+    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return max(1, min(rows, -(-4 * cores // groups)))
+
+
+@torch.library.custom_op("mamba_pretrain::triton_rms_norm_forward", mutates_args=())
+def rms_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """y (rows, d) in ``dtype``; the new residual, fp32 (empty without one); and 1 / rms of every row."""
+    from mamba_pretrain.ops import triton_norm_kernels
+
+    y, new_residual, scale = _rms_outputs(x, residual, dtype)
+    rows, n = x.shape
+    with torch.cuda.device_of(x):
+        triton_norm_kernels.rms_forward[(rows,)](
+            x, residual, weight, y, new_residual, scale, x.stride(0), 0 if residual is None else residual.stride(0), n, eps,
+            HAS_RESIDUAL=residual is not None, **_launch(n),
+        )  # fmt: skip
+    return y, new_residual, scale
+
+
+def _rms_outputs(x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    new_residual = x.new_empty(x.shape if residual is not None else (0,), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), new_residual, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("mamba_pretrain::triton_rms_norm_backward", mutates_args=())
+def rms_backward(
+    dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor, x_dtype: torch.dtype, has_residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and weight, and of the residual (fp32; empty where there is none, or where x is fp32 too: then it is that of x)."""
+    from mamba_pretrain.ops import triton_norm_kernels
+
+    rows, n = total.shape
+    dx, dresidual, _ = _rms_gradients(total, weight, x_dtype, has_residual)
+    parts = dx.new_empty((_programs(rows, 1, dx.device), n), dtype=torch.float32)
+    with torch.cuda.device_of(dx):
+        triton_norm_kernels.rms_backward[(parts.shape[0],)](
+            dy, dsum, total, weight, scale, dx, dresidual, parts, total.stride(0), rows, n,
+            HAS_DSUM=dsum is not None, STORE_DRESIDUAL=dresidual.numel() > 0, **_launch(n),
+        )  # fmt: skip
+    return dx, dresidual, parts.sum(0).to(weight.dtype)
+
+
+def _rms_gradients(total: Tensor, weight: Tensor, x_dtype: torch.dtype, has_residual: bool) -> tuple[Tensor, Tensor, Tensor]:
+    separate = has_residual and x_dtype != torch.float32
+    dresidual = total.new_empty(total.shape if separate else (0,), dtype=torch.float32)
+    return total.new_empty(total.shape, dtype=x_dtype), dresidual, torch.empty_like(weight)
+
+
+@torch.library.custom_op("mamba_pretrain::triton_gated_rms_norm_forward", mutates_args=())
+def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """y (rows, d) in ``dtype``, and 1 / rms of every group."""
+    from mamba_pretrain.ops import triton_norm_kernels
+
+    y, scale = _gated_outputs(x, size, dtype)
+    rows, n = x.shape
+    with torch.cuda.device_of(x):
+        triton_norm_kernels.gated_forward[(rows, n // size)](
+            x, z, weight, y, scale, x.stride(0), z.stride(0), n, size, eps, **_launch(size)
+        )  # fmt: skip
+    return y, scale
+
+
+def _gated_outputs(x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0], x.shape[1] // size), dtype=torch.float32)
+
+
+@torch.library.custom_op("mamba_pretrain::triton_gated_rms_norm_backward", mutates_args=())
+def gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, scale: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, z and weight."""
+    from mamba_pretrain.ops import triton_norm_kernels
+
+    rows, n = x.shape
+    dx, dz, _ = _gated_gradients(x, z, weight)
+    parts = dx.new_empty((_programs(rows, n // size, dx.device), n), dtype=torch.float32)
+    with torch.cuda.device_of(dx):
+        triton_norm_kernels.gated_backward[(parts.shape[0], n // size)](
+            dy, x, z, weight, scale, dx, dz, parts, x.stride(0), z.stride(0), rows, n, size, **_launch(size)
+        )  # fmt: skip
+    return dx, dz, parts.sum(0).to(weight.dtype)
+
+
+def _gated_gradients(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), z.new_empty(z.shape), torch.empty_like(weight)
+
+
+# -- shapes for tracing, and gradients ------------------------------------------------------------------------------------------------------
+
+
+@rms_forward.register_fake
+def _(x, residual, weight, eps, dtype):  # type: ignore[no-untyped-def]
+    return _rms_outputs(x, residual, dtype)
+
+
+@rms_backward.register_fake
+def _(dy, dsum, total, weight, scale, x_dtype, has_residual):  # type: ignore[no-untyped-def]
+    return _rms_gradients(total, weight, x_dtype, has_residual)
+
+
+@gated_forward.register_fake
+def _(x, z, weight, eps, size, dtype):  # type: ignore[no-untyped-def]
+    return _gated_outputs(x, size, dtype)
+
+
+@gated_backward.register_fake
+def _(dy, x, z, weight, scale, size):  # type: ignore[no-untyped-def]
+    return _gated_gradients(x, z, weight)
+
+
+def _setup_rms(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, residual, weight, _, _ = inputs
+    _, new_residual, scale = output
+    ctx.save_for_backward(x if residual is None else new_residual, weight, scale)
+    ctx.x_dtype = x.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.mark_non_differentiable(scale)
+    ctx.set_materialize_grads(False)
+
+
+def _rms_gradient(ctx, dy, dsum, _):  # type: ignore[no-untyped-def]
+    total, weight, scale = ctx.saved_tensors
+    has_residual = ctx.residual_dtype is not None
+    dy = total.new_zeros(total.shape) if dy is None else dy.contiguous()
+    dsum = dsum.contiguous() if dsum is not None and has_residual else None
+    dx, dresidual, dweight = rms_backward(dy, dsum, total, weight, scale, ctx.x_dtype, has_residual)
+    if has_residual:
+        dresidual = (dresidual if dresidual.numel() else dx).to(ctx.residual_dtype)
+    return dx, dresidual if has_residual else None, dweight, None, None
+
+
+def _setup_gated(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, z, weight, _, ctx.size, _ = inputs
+    ctx.save_for_backward(x, z, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gated_gradient(ctx, dy, _):  # type: ignore[no-untyped-def]
+    return *gated_backward(dy.contiguous(), *ctx.saved_tensors, ctx.size), None, None, None
+
+
+rms_forward.register_autograd(_rms_gradient, setup_context=_setup_rms)
+gated_forward.register_autograd(_gated_gradient, setup_context=_setup_gated)

@@ -1,0 +1,108 @@
+"""Triton kernels of the norms. A program holds whole rows (or groups of a row) in registers; offsets are 64-bit.
+
+Backward programs walk over rows and sum their part of the weight's gradient; the parts are added afterwards in a fixed order, so the result
+does not depend on scheduling.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_forward(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, scale_ptr, x_stride, residual_stride, n, eps,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: s = x + residual (stored if there is a residual), y = s * scale * weight with scale = 1 / rms(s) (stored)."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < n
+    s = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        s += tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(sum_ptr + row * n + columns, s, mask=mask)
+    scale = 1.0 / tl.sqrt(tl.sum(s * s, axis=0) / n + eps)
+    tl.store(scale_ptr + row, scale)
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * n + columns, (s * scale * weight).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rms_backward(
+    dy_ptr, dsum_ptr, sum_ptr, weight_ptr, scale_ptr, dx_ptr, dresidual_ptr, dweight_ptr, sum_stride, rows, n,
+    HAS_DSUM: tl.constexpr, STORE_DRESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows pid, pid + programs, ...: gradients of s in the dtypes of x and of the residual, and this program's part of dweight."""
+    columns = tl.arange(0, BLOCK)
+    mask = columns < n
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK,), dtype=tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    for _ in range(tl.program_id(0), rows, tl.num_programs(0)):
+        scale = tl.load(scale_ptr + row)
+        normalised = tl.load(sum_ptr + row * sum_stride + columns, mask=mask, other=0.0).to(tl.float32) * scale
+        dy = tl.load(dy_ptr + row * n + columns, mask=mask, other=0.0).to(tl.float32)
+        dweight += dy * normalised
+        dnormalised = dy * weight
+        along = tl.sum(dnormalised * normalised, axis=0) / n
+        ds = (dnormalised - normalised * along) * scale
+        if HAS_DSUM:
+            ds += tl.load(dsum_ptr + row * n + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * n + columns, ds.to(dx_ptr.dtype.element_ty), mask=mask)
+        if STORE_DRESIDUAL:
+            tl.store(dresidual_ptr + row * n + columns, ds.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        row += tl.num_programs(0)
+    tl.store(dweight_ptr + tl.program_id(0) * n + columns, dweight, mask=mask)
+
+
+@triton.jit
+def gated_forward(
+    x_ptr, z_ptr, weight_ptr, y_ptr, scale_ptr, x_stride, z_stride, n, size, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One group of a row: s = x * silu(z), y = s * scale * weight with scale = 1 / rms(s) (stored)."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    within = tl.arange(0, BLOCK)
+    mask = within < size
+    columns = group * size + within
+    x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    z = tl.load(z_ptr + row * z_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    s = x * z * tl.sigmoid(z)
+    scale = 1.0 / tl.sqrt(tl.sum(s * s, axis=0) / size + eps)
+    tl.store(scale_ptr + row * tl.num_programs(1) + group, scale)
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * n + columns, (s * scale * weight).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_backward(
+    dy_ptr, x_ptr, z_ptr, weight_ptr, scale_ptr, dx_ptr, dz_ptr, dweight_ptr, x_stride, z_stride, rows, n, size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One group of rows pid, pid + programs, ...: gradients of x and z, and this program's part of dweight."""
+    group = tl.program_id(1)
+    within = tl.arange(0, BLOCK)
+    mask = within < size
+    columns = group * size + within
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    dweight = tl.zeros((BLOCK,), dtype=tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    for _ in range(tl.program_id(0), rows, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + row * z_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        open_ = tl.sigmoid(z)
+        gate = z * open_
+        scale = tl.load(scale_ptr + row * tl.num_programs(1) + group)
+        normalised = x * gate * scale
+        dy = tl.load(dy_ptr + row * n + columns, mask=mask, other=0.0).to(tl.float32)
+        dweight += dy * normalised
+        dnormalised = dy * weight
+        along = tl.sum(dnormalised * normalised, axis=0) / size
+        ds = (dnormalised - normalised * along) * scale
+        tl.store(dx_ptr + row * n + columns, (ds * gate).to(dx_ptr.dtype.element_ty), mask=mask)
+        dz = ds * x * open_ * (1.0 + z * (1.0 - open_))
+        tl.store(dz_ptr + row * n + columns, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        row += tl.num_programs(0)
+    tl.store(dweight_ptr + tl.program_id(0) * n + columns, dweight, mask=mask)

@@ -29,6 +29,9 @@ class MonitorConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     log_every: int = Field(10, ge=1, description="steps between train rows in metrics.jsonl, on the console and in W&B")
+    layers_every: int | None = Field(
+        None, ge=1, description="steps between per-layer statistics (dt, A, B, C, activations, gradients); empty: none"
+    )
     console: Literal["auto", "rich", "plain", "off"] = Field(
         "auto", description="auto: a live line on a terminal, plain lines (at most 100 columns) in a log file"
     )

@@ -23,6 +23,8 @@ class ConsoleSink:
 
     def write(self, row: Row) -> None:
         """Shows a row."""
+        if row["kind"] not in FORMATS:  # per-layer statistics are for the report
+            return
         line = FORMATS[row["kind"]](row, self._total_steps)
         if self._live is not None and row["kind"] == "train":
             self._live.update(row)

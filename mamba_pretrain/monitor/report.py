@@ -25,7 +25,7 @@ PEAKS = ("grad_norm",)  # averaging would hide what one looks for here
 RESTARTS = ("resume", "rollback")
 LAYER_CHARTS = (
     {"key": "activation_rms", "title": "Activations", "hint": "RMS of the mixer's output, by layer", "log": True},
-    {"key": "grad_norm", "title": "Gradients by layer", "hint": "norm over the layer's parameters", "log": True},
+    {"key": "gradient_rms", "title": "Gradients by layer", "hint": "RMS at the mixer's output", "log": True},
     {"key": "dt_mean", "title": "Step size dt", "hint": "mean of softplus(dt + bias), by layer", "log": True},
     {"key": "A_mean", "title": "Decay rate -A", "hint": "mean over channels and states, by layer", "log": True},
     {"key": "B_norm", "title": "Norm of B", "hint": "mean over tokens, by layer", "log": False},

@@ -152,6 +152,8 @@ def flatten(row: Row) -> dict[str, Any]:
     kind = row["kind"]
     if kind == "sample":
         return {"sample/text": f"{row['prompt']}{row['text']}"}
+    if kind == "layers":
+        return {f"layers/{key}/{i}": value for key, values in row["stats"].items() for i, value in enumerate(values) if value is not None}
     prefix = f"eval/{row['name']}" if kind == "eval" else kind if kind == "train" else f"event/{row['event']}"
     left_out = {"kind", "step", "time", "name", "event"}
     return {

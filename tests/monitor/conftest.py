@@ -54,7 +54,7 @@ def training_rows(steps: int, seed: int, lr: float, resume_at: int) -> list[dict
     return rows
 
 
-STATS = {"activation_rms": 0.8, "grad_norm": 0.02, "dt_mean": 0.01, "A_mean": 4.0, "B_norm": 2.0, "C_norm": 3.0}
+STATS = {"activation_rms": 0.8, "gradient_rms": 0.02, "dt_mean": 0.01, "A_mean": 4.0, "B_norm": 2.0, "C_norm": 3.0}
 
 
 @pytest.fixture

@@ -192,6 +192,8 @@ def test_flatten_names_curves_after_their_kind() -> None:
     assert flatten(train_row(1))["train/loss"] == 4.99
     row = {"kind": "eval", "step": 1, "time": 0, "tokens": 5, "name": "pile", "loss": 2.0, "bits_per_byte": None}
     assert flatten(row) == {"eval/pile/tokens": 5, "eval/pile/loss": 2.0}
+    row = {"kind": "layers", "step": 1, "time": 0, "tokens": 5, "stats": {"dt_mean": [0.1, None]}}
+    assert flatten(row) == {"layers/dt_mean/0": 0.1}
 
 
 def test_build_sinks_starts_a_new_run_from_an_empty_file(tmp_path: Path) -> None:

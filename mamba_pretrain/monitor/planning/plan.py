@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,6 @@ from mamba_pretrain.monitor.planning.activations import Options
 from mamba_pretrain.monitor.throughput import DEVICES, device_entry
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mamba_pretrain.config import RunConfig
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -287,12 +286,10 @@ def _warnings(planner: Planner, used: memory.Memory) -> list[str]:
     found += advice.recipe_warnings(model, planner.shape.total, batch_tokens, tokens, config.optim.lr)
     if config.train.batch_ramp is not None:
         found.append("the batch ramp is left out of the estimates: the first steps are smaller and the run has a few more of them")
-    return found + advice.data_warnings(tokens, available_tokens([source.path for source in config.data.sources]))
+    return found + advice.data_warnings(tokens, available_tokens([str(source.path) for source in config.data.sources]))
 
 
-def available_tokens(paths: list[Path]) -> int | None:
+def available_tokens(paths: list[str]) -> int | None:
     """Training tokens of the datasets; None unless all are at hand."""
-    from pathlib import Path as AnyPath
-
-    counts = [run_folder.training_tokens(AnyPath(path)) for path in paths]
+    counts = [run_folder.training_tokens(Path(path)) for path in paths]
     return None if None in counts else sum(count or 0 for count in counts)

@@ -25,7 +25,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     if len(plan.scaling) > 1:
         _section(console, "Scaling at this global batch, on paper", _scaling(plan), f"Model: {plan.network}.")
     for warning in plan.warnings:
-        console.print(f"[yellow]![/] {warning}", highlight=False)
+        console.print(f"[yellow]![/] {warning}", highlight=False, soft_wrap=True)
 
 
 def show_found(found: list[Candidate], machine: Machine, console: Console) -> None:
@@ -66,7 +66,7 @@ def _heading(plan: Plan, console: Console) -> None:
     c = plan.checkpoint
     disk = f"up to {gigabytes(c['on_disk'])} on disk while one is written"
     lines.append(f"  checkpoint {gigabytes(c['bytes'])}; {disk}; export {gigabytes(c['export'])}")
-    console.print("\n".join(lines), highlight=False)
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def _parameters(plan: Plan) -> Table:
@@ -114,9 +114,9 @@ def _communication(plan: Plan) -> Table:
 
 
 def _scaling(plan: Plan) -> Table:
-    table = _table("GPUs", *(str(point["gpus"]) for point in plan.scaling))
-    table.add_row("step, s", *(f"{point['step_seconds']:.3g}" for point in plan.scaling))
-    table.add_row("efficiency", *(f"{point['efficiency']:.0%}" for point in plan.scaling))
+    table = _table("GPUs", "step", "efficiency")
+    for point in plan.scaling:
+        table.add_row(f"{point['gpus']:,}", f"{point['step_seconds']:.3g} s", f"{point['efficiency']:.0%}")
     return table
 
 
@@ -132,7 +132,7 @@ def _table(*columns: str) -> Table:
 
 def _section(console: Console, title: str, table: Table, note: str = "") -> None:
     """A titled table; rich's own titles wrap at the table's width."""
-    console.print(f"\n[bold]{title}[/]", highlight=False)
+    console.print(f"\n[bold]{title}[/]", highlight=False, soft_wrap=True)
     console.print(table)
     if note:
-        console.print(f"[dim]{note}[/]", highlight=False)
+        console.print(f"[dim]{note}[/]", highlight=False, soft_wrap=True)

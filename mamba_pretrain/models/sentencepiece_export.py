@@ -34,7 +34,10 @@ def read_proto(path: Path) -> Any:
 
 
 def to_tokenizers(proto: Any, source: str) -> Tokenizer:
-    """The same tokenizer in the ``tokenizers`` library. Raises UserError for settings that it cannot express."""
+    """The same tokenizer in the ``tokenizers`` library. Raises UserError for settings that it cannot express.
+
+    One rare difference is left: in a unigram model whose vocabulary lacks one of the letters of ``<s>``, that literal text becomes the token.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders
 
     normalizer = proto.normalizer_spec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 
 from data_tools.errors import UserError
 from mamba_pretrain import __version__, exit_codes
+from mamba_pretrain.checkpoint.reading import Checkpoint, open_checkpoint
 from mamba_pretrain.checkpoint.store import CheckpointStore
 from mamba_pretrain.config import RunConfig
-from mamba_pretrain.data.loader import TrainingData, validation_batches
+from mamba_pretrain.data.loader import TrainingData, validation_batches, validation_names
 from mamba_pretrain.models import flops
+from mamba_pretrain.models.generation import continue_texts
 from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.monitor.compute_clock import ComputeClock
+from mamba_pretrain.monitor.profiler import Profile
 from mamba_pretrain.monitor.signals import StopSignal
 from mamba_pretrain.monitor.sinks import build_sinks
 from mamba_pretrain.monitor.throughput import Throughput, peak_flops
@@ -28,10 +33,10 @@ from mamba_pretrain.parallel import topology as ranks
 from mamba_pretrain.parallel.engine import build_engine
 from mamba_pretrain.parallel.topology import Topology
 from mamba_pretrain.training.batch_schedule import BatchSchedule, total_steps
-from mamba_pretrain.training.callbacks import Callback, CollectGarbage, Evaluate, ReadMetrics, Sample, Save, StopOnSignal, WriteRows
+from mamba_pretrain.training.callbacks import Beat, Callback, CollectGarbage, Evaluate, ReadMetrics, Sample, Save, StopOnSignal, WriteRows
 from mamba_pretrain.training.evaluation import Evaluation, evaluate
 from mamba_pretrain.training.guards import ResumeGuard, SpikeGuard, describe_differences
-from mamba_pretrain.training.loop import FINISHED, Run, StepRecord, train_loop
+from mamba_pretrain.training.loop import FINISHED, Run, train_loop
 from mamba_pretrain.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -43,11 +48,13 @@ def run_training(config: RunConfig) -> int:
     """Trains as configured, on this process's rank; returns the exit code (``mamba_pretrain.exit_codes``)."""
     topology = ranks.initialize(config.parallel)
     logging.basicConfig(level=logging.INFO if topology.rank == 0 else logging.WARNING, format="%(message)s", force=True)
-    training = Training(config, topology)
     try:
-        reason = train_loop(training.run)
+        training = Training(config, topology)
+        try:
+            reason = train_loop(training.run)
+        finally:
+            training.close()
     finally:
-        training.close()
         ranks.shutdown()
     return exit_codes.DONE if reason in (FINISHED, STOP_AFTER) else exit_codes.REQUEUE
 
@@ -58,19 +65,19 @@ class Training:
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         self.config = config
         self.topology = topology
-        self.folder = open_run_folder(config, topology)
-        train = config.train
-        if train.deterministic:
-            torch.use_deterministic_algorithms(True)
+        train, folder = config.train, config.run_dir
+        check_run_folder(folder)
+        torch.use_deterministic_algorithms(train.deterministic)
         self.data = TrainingData(config.data, config.seed, topology.rank, topology.world_size, train.micro_batch_size)
         check_vocabulary(config, self.data)
         batches = BatchSchedule.build(train, self.data.sequence_length, topology.world_size * train.micro_batch_size)
         steps = total_steps(train, batches, self.data.sequence_length)
-        self.engine, self.model = build_model(config, topology)
-        self.store = CheckpointStore(self.folder / "checkpoints", config.checkpoint, topology)
-        self.watchdog = Watchdog(self.folder, topology, train.hang_timeout)
+        self.store = CheckpointStore(folder / "checkpoints", config.checkpoint, topology)
+        model = build_model(config)
+        self.engine = build_engine(config.parallel, config.precision, topology)
+        self.engine.prepare(model, optimizer_builder(config.optim, model.parameter_policies()), config.seed)
         self.run = Run(
-            folder=self.folder,
+            folder=folder,
             engine=self.engine,
             data=self.data,
             train=train,
@@ -79,9 +86,15 @@ class Training:
             learning_rate=lambda step: learning_rate(config.optim.schedule, config.optim.lr, steps, step),
             max_grad_norm=config.optim.max_grad_norm,
         )
-        guard = self._resume()
-        self.run.callbacks = self._callbacks(guard)
-        self.watchdog.start()
+        resume_guard = self._resume()
+        if topology.rank == 0:
+            write_run_folder(config, self.data.tokenizer_dir)
+        self._throughput = build_throughput(config, model, topology)
+        self._compute_clock = ComputeClock(topology.device)
+        self.engine.loss = self._compute_clock.timed(self.engine.loss)  # type: ignore[method-assign]
+        self._signal = StopSignal(topology.world_size)
+        self.watchdog = Watchdog(folder, topology, train.hang_timeout).start()
+        self.run.callbacks = self._callbacks(resume_guard)
 
     # -- checkpoints
 
@@ -91,31 +104,32 @@ class Training:
         checkpoint = None if train.resume == "never" else self.store.open()
         if checkpoint is None:
             if train.resume == "require":
-                raise UserError(f"{self.folder} holds no complete checkpoint to resume from; start with train.resume=auto")
+                raise UserError(f"{self.config.run_dir} holds no complete checkpoint to resume from; start with train.resume=auto")
             if train.init_from is not None:
-                self.engine.load(CheckpointStore.open_anywhere(train.init_from), weights_only=True)
+                self.engine.load(open_checkpoint(Path(train.init_from)).reader, weights_only=True)
+                log.info("weights from %s", train.init_from)
             return None
         self._restore(checkpoint)
         self.run.state.restarts += 1
-        log.info("resuming %s at step %d (restart %d)", self.folder, self.run.state.step, self.run.state.restarts)
+        log.info("resuming %s at step %d (restart %d)", self.config.run_dir, self.run.state.step, self.run.state.restarts)
         if not train.resume_guard:
             return None
-        differences = describe_differences(checkpoint.meta["circumstances"], self._circumstances())
-        return ResumeGuard(self.run.state.losses, differences)
+        return ResumeGuard(self.run.state.losses, describe_differences(checkpoint.meta["circumstances"], self._circumstances()))
 
-    def _restore(self, checkpoint: Any) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         self.engine.load(checkpoint.reader)
-        self.data.load(checkpoint.meta["data"])
-        self.run.state = TrainState.from_dict(checkpoint.meta["state"])
-        torch.set_rng_state(torch.tensor(list(bytes.fromhex(checkpoint.meta["rng"])), dtype=torch.uint8))
+        self.run.state = state = TrainState.from_dict(checkpoint.meta["state"])
+        if self.data.load(checkpoint.meta["data"], self.run.batches.first_sample(state.step) + state.skipped_samples):
+            log.info("the blend changes at step %d; every source goes on where it stood", state.step)
+        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(checkpoint.meta["rng"])), dtype=torch.uint8))
 
     def _save(self, run: Run) -> None:
         meta = {
+            "tokens": run.state.tokens,
             "state": run.state.to_dict(),
             "data": self.data.state(),
-            "rng": bytes(torch.get_rng_state().tolist()).hex(),
+            "rng": base64.b64encode(bytes(torch.get_rng_state().tolist())).decode(),
             "circumstances": self._circumstances(),
-            "tokens": run.state.tokens,
             "version": __version__,
         }
         self.store.save(self.engine, run.state.step, meta)
@@ -135,38 +149,44 @@ class Training:
     def _circumstances(self) -> dict[str, Any]:
         """What should be as it was when a checkpoint is resumed; the resume guard names differences."""
         config = self.config.model_dump(mode="json", include={"seed", "model", "data", "optim", "precision", "train"})
-        return {"config": config, "data_fingerprint": self.data.fingerprint, "world_size": self.topology.world_size, "engine": self.engine.name}
+        return {
+            "config": config,
+            "data_fingerprint": self.data.fingerprint,
+            "world_size": self.topology.world_size,
+            "engine": self.engine.name,
+        }
 
     # -- callbacks
 
     def _callbacks(self, resume_guard: ResumeGuard | None) -> list[Callback]:
         config, train = self.config, self.config.train
-        clock = ReadMetrics(self._describe, eager=train.spikes.action in ("skip", "rollback"))
-        rows = WriteRows(build_sinks(config, self.folder, self.topology, self.run), config.monitor.log_every)
-        guards: list[Callback] = [SpikeGuard(train.spikes, self._rollback)]
+        clock = ReadMetrics(self._throughput.row, eager=train.spikes.action in ("skip", "rollback"))
+        chain: list[Callback] = [clock, WriteRows(self._sinks(), config.monitor.log_every), SpikeGuard(train.spikes, self._rollback)]
         if resume_guard is not None:
-            guards.append(resume_guard)
-        chain: list[Callback] = [clock, rows, *guards, Heartbeat(self.watchdog)]
-        chain.append(Evaluate(config.evaluation, self._evaluate, clock))
+            chain.append(resume_guard)
+        chain += [Beat(self.watchdog.beat, self._compute_clock.take), Evaluate(config.evaluation, self._evaluate, clock)]
         if config.evaluation.prompts:
             chain.append(Sample(config.evaluation, self._generate, clock))
-        chain.append(StopOnSignal(self._stop_requested))
-        chain.append(Save(config.checkpoint.every_steps, self._save, clock))
-        if train.gc_every:
-            chain.append(CollectGarbage(train.gc_every))
-        return chain
+        if train.profile_steps is not None:
+            chain.append(Profile(config.run_dir, train.profile_steps, self.topology))  # type: ignore[arg-type]
+        chain += [StopOnSignal(self._stop_requested), Save(config.checkpoint.every_steps, self._save, clock)]
+        return [*chain, CollectGarbage(train.gc_every)] if train.gc_every else chain
 
-    def _describe(self, record: Any, seconds: float) -> dict[str, Any]:
-        return self._throughput.row(record.metrics, seconds)
+    def _sinks(self) -> list[Any]:
+        if self.topology.rank != 0:
+            return []
+        config, run = self.config, self.run
+        described = config.model_dump(mode="json")
+        return build_sinks(config.monitor, run.folder, config.name, described, run.total_steps, run.state.step or None)
 
     def _evaluate(self) -> dict[str, tuple[Evaluation, float | None]]:
-        config = self.config
+        config, topology = self.config, self.topology
         found = {}
-        for source in config.data.sources:
+        for name in validation_names(config.data):
             batches = validation_batches(
-                config.data, source.name, self.topology.rank, self.topology.world_size, config.train.micro_batch_size, config.evaluation.max_samples
+                config.data, name, topology.rank, topology.world_size, config.train.micro_batch_size, config.evaluation.max_samples
             )
-            found[source.name] = evaluate(self.engine, batches), None
+            found[name] = evaluate(self.engine, batches), self.data.bytes_per_token(name)
         return found
 
     def _generate(self, prompts: list[str]) -> list[str] | None:
@@ -174,9 +194,9 @@ class Training:
         weights = self.engine.full_state_dict()
         if self.topology.rank != 0:
             return None
-        from mamba_pretrain.models.generation import continue_texts
-
-        return continue_texts(self.config.model, weights, self.data.tokenizer_dir, prompts, self.config.evaluation.max_new_tokens)
+        return continue_texts(
+            self.config.model, weights, self.data.tokenizer_dir, prompts, self.config.evaluation.max_new_tokens, device=self.topology.device
+        )
 
     def _stop_requested(self) -> str | None:
         if self.run.state.step == self.config.train.stop_after:
@@ -185,6 +205,55 @@ class Training:
 
     def close(self) -> None:
         """Waits for the last save and stops the threads."""
+        self._signal.close()
         self.store.wait()
         self.data.close()
         self.watchdog.stop()
+
+
+def check_run_folder(folder: Path) -> None:
+    """Refuses to write among files that no run wrote."""
+    if (
+        folder.exists()
+        and any(folder.iterdir())
+        and not any((folder / name).exists() for name in ("config.yaml", "data", "launch", "logs"))
+    ):
+        raise UserError(f"run_dir {folder} holds files that are not a run's; choose another run_dir or empty it")
+
+
+def write_run_folder(config: RunConfig, tokenizer_dir: Path) -> None:
+    """The resolved config and the tokenizer's files, so that the folder can be used without anything else."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.yaml").write_text(config.to_yaml())
+    if tokenizer_dir.is_dir():
+        shutil.copytree(tokenizer_dir, config.run_dir / "tokenizer", dirs_exist_ok=True)
+
+
+def check_vocabulary(config: RunConfig, data: TrainingData) -> None:
+    """Token ids must fit the model's embedding."""
+    if data.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the vocabulary of the data's tokenizer, {data.vocab_size}; "
+            f"set model.vocab_size={data.vocab_size}"
+        )
+
+
+def build_model(config: RunConfig) -> LanguageModel:
+    """The model on the meta device, with the table of its parameter groups in the log."""
+    registry.configure(config.ops)
+    with torch.device("meta"):
+        model = LanguageModel(config.model)
+    sizes = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
+    log.info("%s: %s parameters", config.name, f"{model.n_parameters():,}")
+    log.info(group_table(sizes, model.parameter_policies()))
+    return model
+
+
+def build_throughput(config: RunConfig, model: LanguageModel, topology: Topology) -> Throughput:
+    """The meter of tokens per second and model FLOPs utilisation."""
+    device = topology.device
+    peak = config.monitor.peak_tflops * 1e12 if config.monitor.peak_tflops else None
+    if peak is None and device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(device))
+    per_token = flops.training_flops_per_token(model, config.data.sequence_length)
+    return Throughput(per_token, model.n_parameters(), topology.world_size, device.type, peak, config.monitor.log_every)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_tools.errors import UserError
-from mamba_pretrain.checkpoint.store import open_checkpoint
+from mamba_pretrain.checkpoint.reading import open_checkpoint
 from mamba_pretrain.config import RunConfig, load_config
 from mamba_pretrain.models.generation import load_model
 
@@ -40,7 +40,9 @@ class Trained:
 def open_trained(run_dir: Path, step: int | None = None) -> Trained:
     """The checkpoint of ``step`` (default: the last complete one) of a run folder. Raises UserError when there is none."""
     if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not a run folder: it holds no config.yaml; give the run_dir of a training run, for example runs/quickstart")
+        raise UserError(
+            f"{run_dir} is not a run folder: it holds no config.yaml; give the run_dir of a training run, for example runs/quickstart"
+        )
     config = load_config(run_dir / "config.yaml")
     checkpoint = open_checkpoint(run_dir / "checkpoints", step)
     return Trained(run_dir, config, checkpoint.step, checkpoint.full_model())

@@ -144,7 +144,7 @@ def import_(
     if output.exists() and any(output.iterdir()) and not overwrite:
         raise UserError(f"{output} already holds files; choose another folder or pass --overwrite")
     config, weights = import_pretrained(source)
-    write_weights(output, config.model_dump(mode="json"), weights)
+    write_weights(output, weights, {"model": config.model_dump(mode="json")})
     typer.echo(f"wrote {output}; train with train.init_from={output} and this model section:")
     import yaml
 
@@ -159,7 +159,7 @@ def checkpoints(run: Path = RUN) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mamba_pretrain.checkpoint.store import list_checkpoints
+    from mamba_pretrain.checkpoint.reading import list_checkpoints
 
     found = list_checkpoints(run / "checkpoints")
     if not found:

@@ -188,6 +188,22 @@ class Save(Callback):
         self._clock.exclude(seconds)
 
 
+class Beat(Callback):
+    """Tells the watchdog that the rank moves, and how long it computed by itself."""
+
+    def __init__(self, beat: Callable[..., None], compute_seconds: Callable[[], float]) -> None:
+        self._beat = beat
+        self._compute_seconds = compute_seconds
+
+    def on_step(self, run: Run, record: StepRecord) -> None:
+        """A step is queued; what follows until the next may be an evaluation."""
+        self._beat(record.step, "train", self._compute_seconds())
+
+    def on_save(self, run: Run) -> None:
+        """A checkpoint is about to be taken."""
+        self._beat(run.state.step, "save")
+
+
 class StopOnSignal(Callback):
     """Stops at a step boundary when any rank was told to (time limit, preemption), agreed on by all ranks."""
 

@@ -36,7 +36,8 @@ def read_proto(path: Path) -> Any:
 def to_tokenizers(proto: Any, source: str) -> Tokenizer:
     """The same tokenizer in the ``tokenizers`` library. Raises UserError for settings that it cannot express.
 
-    One rare difference is left: in a unigram model whose vocabulary lacks one of the letters of ``<s>``, that literal text becomes the token.
+    Two rare differences are left, both of unigram models: where the vocabulary lacks one of the letters of ``<s>``, that literal text becomes
+    the token; and in texts of over ten thousand tokens SentencePiece's fp32 sums decide near-ties differently.
     """
     from tokenizers import AddedToken, Tokenizer, decoders
 

@@ -19,7 +19,8 @@ sentencepiece = pytest.importorskip("sentencepiece")
 
 CODE = Path(json.__file__).with_name("decoder.py").read_text() + Path(textwrap.__file__).read_text()
 TEXTS = [
-    CODE,
+    # No longer than this: SentencePiece adds up scores of a unigram path in fp32, which decides near-ties wrongly after ten thousand pieces.
+    CODE[:6000],
     *CODE.splitlines()[:100],
     "",
     "  ",

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 from mamba_pretrain.monitor.doctor.check import Check, green, grey, red
 
 if TYPE_CHECKING:
+    from data_tools.manifest import Manifest
     from mamba_pretrain.config import RunConfig
+
+PROBE_TEXT = "def f(x): return x + 1  # naïve 数字 🙂"
 
 
 def checkpoint(run_dir: Path) -> Iterator[Check]:
@@ -45,6 +48,7 @@ def dataset(path: Path, model_vocab: int | None = None) -> Iterator[Check]:
         mend = f"set model.vocab_size={vocab}, or tokenize again with the tokenizer that belongs to the model"
         yield red(name, f"its tokenizer has {vocab} ids but the model only {model_vocab}", mend)
         return
+    yield from _tokenizer(name, path, manifest)
     again = f"tokenize again (mamba-data verify {path} lists every damaged shard)"
     tokens = 0
     for split, content in manifest.splits.items():
@@ -61,7 +65,29 @@ def dataset(path: Path, model_vocab: int | None = None) -> Iterator[Check]:
     )
 
 
+def _tokenizer(name: str, path: Path, manifest: Manifest) -> Iterator[Check]:
+    """Whether the tokenizer kept with a dataset is the one that made it, and gives text back as it was."""
+    from data_tools.tokenizers import load_tokenizer
+
+    folder = path / "tokenizer"
+    if not folder.is_dir():
+        yield red(name, "the tokenizer's files are missing: samples and exports will have no text", f"copy them to {folder}")
+        return
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.hash != manifest.tokenizer.hash:
+        mend = "put the original tokenizer back, or tokenize again with the one that lies there now"
+        yield red(name, f"{folder} holds another tokenizer than the one that made the shards: ids would mean other text", mend)
+        return
+    decoded = tokenizer.decode(tokenizer.encode(PROBE_TEXT))
+    if decoded.split() != PROBE_TEXT.split():
+        mend = "use a tokenizer with byte fallback (mamba-data train-tokenizer makes one)"
+        yield red(name, f"its tokenizer does not give text back: {PROBE_TEXT!r} becomes {decoded!r}", mend)
+
+
 def run_inputs(config: RunConfig) -> Iterator[Check]:
     """The datasets of a config."""
     for source in config.data.sources:
+        if "://" in source.path:
+            yield grey(f"dataset {source.path}", "behind a URL: checked when training opens it")
+            continue
         yield from dataset(Path(source.path), config.model.vocab_size)

@@ -12,7 +12,7 @@ from mamba_pretrain.monitor.doctor.check import Check, green, grey, red
 from mamba_pretrain.ops import registry
 
 # Largest error allowed relative to the largest value, by compute dtype: rounding, with room for another order of summation.
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
 MEND = "set ops.require to another implementation of this op, and reinstall the package that provides this one"
 
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from data_tools.indexed import IndexedWriter
 from data_tools.manifest import Manifest, Shard, Split, TokenizerInfo, xxh3
+from data_tools.tokenizers import load_tokenizer
 from mamba_pretrain.cli import app
 from mamba_pretrain.monitor.doctor import hardware, inputs, software
 from mamba_pretrain.monitor.doctor.check import Check, guarded
@@ -186,33 +187,71 @@ def test_fault_bad_checkpoint(tmp_path: Path) -> None:
     assert "step 10" in found.remedy
 
 
-def write_dataset(folder: Path, highest: int, vocab: int) -> Path:
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small SentencePiece model of 300 ids with byte fallback."""
+    import sentencepiece
+
+    prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    lines = [f"def function_{i}(x): return x + {i}" for i in range(200)]
+    options = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2, "normalization_rule_name": "identity"}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(prefix), **options)
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, tokenizer_file: Path) -> Any:
+    """``dataset(highest, vocab=300)`` writes a dataset whose largest id is ``highest`` and returns its folder."""
+
+    def make(highest: int, vocab: int = 300) -> Path:
+        folder = tmp_path / f"dataset-{highest}-{vocab}"
+        (folder / "tokenizer").mkdir(parents=True)
+        (folder / "tokenizer" / "tokenizer.model").write_bytes(tokenizer_file.read_bytes())
+        return write_dataset(folder, highest, vocab, load_tokenizer(folder / "tokenizer").hash)
+
+    return make
+
+
+def write_dataset(folder: Path, highest: int, vocab: int, tokenizer_hash: str) -> Path:
     (folder / "train").mkdir(parents=True)
     with IndexedWriter(folder / "train" / "00000", np.uint16) as writer:
         writer.add(np.array([1, 2, highest], dtype=np.uint16), [2, 1])
     prefix = folder / "train" / "00000"
     shard = Shard("train/00000", 2, 3, "uint16", xxh3(prefix.with_suffix(".bin")), xxh3(prefix.with_suffix(".idx")))
-    Manifest(TokenizerInfo("sentencepiece", "0" * 32, vocab, 0, 0), {"train": Split([shard])}).save(folder)
+    Manifest(TokenizerInfo("sentencepiece", tokenizer_hash, vocab, 0, 0), {"train": Split([shard])}).save(folder)
     return folder
 
 
-def test_fault_wrong_ids_from_a_tokenizer(tmp_path: Path) -> None:
-    assert [c.status for c in inputs.dataset(write_dataset(tmp_path / "good", 99, 100), 100)] == ["green"]
-    found = only_red(list(inputs.dataset(write_dataset(tmp_path / "bad", 300, 100), 512)))
-    assert "holds id 300, but the tokenizer ends at 99" in found.detail
+def test_fault_wrong_ids_in_a_dataset(dataset: Any) -> None:
+    assert {check.status for check in inputs.dataset(dataset(299), 300)} == {"green"}
+    found = only_red(list(inputs.dataset(dataset(400), 512)))
+    assert "holds id 400, but the tokenizer ends at 299" in found.detail
     assert "tokenize again" in found.remedy
 
 
-def test_fault_vocabulary_smaller_than_the_tokenizer(tmp_path: Path) -> None:
-    found = only_red(list(inputs.dataset(write_dataset(tmp_path / "data", 99, 100), 64)))
-    assert "model.vocab_size=100" in found.remedy
+def test_fault_another_tokenizer_beside_the_shards(dataset: Any) -> None:
+    folder = dataset(299)
+    model = folder / "tokenizer" / "tokenizer.model"
+    import sentencepiece.sentencepiece_model_pb2 as proto
+
+    changed = proto.ModelProto.FromString(model.read_bytes())
+    changed.pieces[-1].piece, changed.pieces[-2].piece = changed.pieces[-2].piece, changed.pieces[-1].piece
+    model.write_bytes(changed.SerializeToString())
+    found = only_red(list(inputs.dataset(folder, 300)))
+    assert "another tokenizer" in found.detail
+    assert "put the original tokenizer back" in found.remedy
 
 
-def test_fault_truncated_shard(tmp_path: Path) -> None:
-    data = write_dataset(tmp_path / "data", 99, 100)
-    path = data / "train" / "00000.bin"
+def test_fault_vocabulary_smaller_than_the_tokenizer(dataset: Any) -> None:
+    found = only_red(list(inputs.dataset(dataset(99), 64)))
+    assert "model.vocab_size=300" in found.remedy
+
+
+def test_fault_truncated_shard(dataset: Any) -> None:
+    folder = dataset(99)
+    path = folder / "train" / "00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    found = only_red(guarded("dataset", lambda: inputs.dataset(data)))
+    found = only_red(guarded("dataset", lambda: inputs.dataset(folder)))
     assert "truncated or damaged" in found.detail
     assert "tokenize again" in found.remedy
 

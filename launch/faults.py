@@ -24,7 +24,6 @@ class Drill:
     run_dir: Path
     job: str
     random: random.Random = field(default_factory=lambda: random.Random(0))
-    _hurried: float = 0.0
 
     @property
     def slurm(self) -> Slurm:
@@ -68,23 +67,16 @@ class Drill:
 
     def wait(self, what: str, condition: Callable[[], Any], seconds: float = 120.0) -> Any:
         """The first true value of a condition; a requeued job is spared Slurm's two minutes of delay. TimeoutError with the log's end."""
-        deadline = time.monotonic() + seconds
+        deadline, hurried = time.monotonic() + seconds, 0.0
         while time.monotonic() < deadline:
-            self._hurry()
+            if time.monotonic() - hurried > 2.0:  # each change makes the scheduler look at the job anew: not too often
+                self.cluster.hurry(self.job)
+                hurried = time.monotonic()
             if value := condition():
                 return value
             time.sleep(0.1)
         log = "\n".join(path.read_text()[-3000:] for path in (self.run_dir / "logs").glob("slurm-*.out"))
         raise TimeoutError(f"waited {seconds:.0f} s for {what}\n{log}")
-
-    def _hurry(self) -> None:
-        if time.monotonic() - self._hurried < 2.0:
-            return
-        self._hurried = time.monotonic()
-        known = self.slurm.job(self.job)
-        # While the job is COMPLETING a new start time would be forgotten.
-        if known.get("JobState") == "PENDING" and known.get("Reason") == "BeginTime":
-            self.slurm.run("scontrol", "update", f"JobId={self.job}", "StartTime=now", "TimeLimit=60", check=False)
 
     def wait_training(self, steps: int = 1, seconds: float = 180.0) -> None:
         """Waits until that many steps were trained from now on."""

@@ -166,6 +166,19 @@ class LocalCluster:
         except OSError:
             return False  # it ended while being looked at
 
+    def hurry(self, job: str) -> None:
+        """Spares a requeued job Slurm's two minutes of delay, as an administrator can.
+
+        Not while it is COMPLETING: the change would be lost. And not in the second of the requeue: the nodes refuse a job's credential
+        that is as old as the one they just revoked, and the job ends as failed.
+        """
+        known = dict(pair.split("=", 1) for pair in self.command("scontrol", "show", "job", "-o", job, check=False).split() if "=" in pair)
+        if known.get("JobState") != "PENDING" or known.get("Reason") != "BeginTime":
+            return
+        requeued = time.mktime(time.strptime(known["SubmitTime"], "%Y-%m-%dT%H:%M:%S"))
+        if time.time() - requeued > 3.0:
+            self.command("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60", check=False)
+
     def wait_idle(self, seconds: float = 30.0) -> None:
         """Waits until every node is idle; raises RuntimeError with the controller's view otherwise."""
         expected = set(self.nodes)

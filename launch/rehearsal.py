@@ -26,7 +26,7 @@ SMALL = {
     "model.vocab_size": 512,
     "data.sequence_length": 64,
     "train.global_batch_size": 8,
-    "train.micro_batch_size": 1,
+    "train.micro_batch_size": 4,
     "checkpoint.every_steps": 10,
     "evaluation.every_steps": "null",
     "evaluation.at_end": "false",
@@ -64,7 +64,14 @@ class Rehearsal:
     def submit(self, name: str, steps: int, settings: dict[str, object] | None = None, nodes: int = 2, **keys: object) -> Drill:
         """``mamba-pretrain submit``: a run of so many steps in ``folder/name``."""
         run_dir = self.folder / name
-        changes = {"name": name, "run_dir": run_dir, "data.sources": f"[{{path: {self.data}}}]", "train.steps": steps, **SMALL, **(settings or {})}
+        changes = {
+            "name": name,
+            "run_dir": run_dir,
+            "data.sources": f"[{{path: {self.data}}}]",
+            "train.steps": steps,
+            **SMALL,
+            **(settings or {}),
+        }
         overrides = [f"{key}={value}" for key, value in changes.items()]
         self._python("mamba_pretrain", "submit", str(CONFIG), "--cluster", str(self.profile(**keys)), "--nodes", str(nodes), *overrides)
         return Drill(self.cluster, run_dir, Ledger(run_dir).rows[-1]["job"], random.Random(name))

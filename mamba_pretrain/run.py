@@ -94,6 +94,7 @@ class Training:
         self.engine.loss = self._compute_clock.timed(self.engine.loss)  # type: ignore[method-assign]
         self._signal = StopSignal(topology.world_size)
         self.watchdog = Watchdog(folder, topology, train.hang_timeout).start()
+        self._sinks = self._open_sinks()
         self.run.callbacks = self._callbacks(resume_guard)
 
     # -- checkpoints
@@ -161,7 +162,7 @@ class Training:
     def _callbacks(self, resume_guard: ResumeGuard | None) -> list[Callback]:
         config, train = self.config, self.config.train
         clock = ReadMetrics(self._throughput.row, eager=train.spikes.action in ("skip", "rollback"))
-        chain: list[Callback] = [clock, WriteRows(self._sinks(), config.monitor.log_every), SpikeGuard(train.spikes, self._rollback)]
+        chain: list[Callback] = [clock, WriteRows(self._sinks, config.monitor.log_every), SpikeGuard(train.spikes, self._rollback)]
         if resume_guard is not None:
             chain.append(resume_guard)
         chain += [Beat(self.watchdog.beat, self._compute_clock.take), Evaluate(config.evaluation, self._evaluate, clock)]
@@ -172,7 +173,7 @@ class Training:
         chain += [StopOnSignal(self._stop_requested), Save(config.checkpoint.every_steps, self._save, clock)]
         return [*chain, CollectGarbage(train.gc_every)] if train.gc_every else chain
 
-    def _sinks(self) -> list[Any]:
+    def _open_sinks(self) -> list[Any]:
         if self.topology.rank != 0:
             return []
         config, run = self.config, self.run
@@ -205,10 +206,12 @@ class Training:
 
     def close(self) -> None:
         """Waits for the last save and stops the threads."""
-        self._signal.close()
         self.store.wait()
+        for sink in self._sinks:
+            sink.close()
         self.data.close()
         self.watchdog.stop()
+        self._signal.close()  # last: a second SIGTERM must not kill the process while it saves
 
 
 def check_run_folder(folder: Path) -> None:

@@ -98,10 +98,8 @@ class WriteRows(Callback):
             sink.write(row)
 
     def on_stop(self, run: Run, reason: str) -> None:
-        """Records why the run stopped and closes the sinks."""
+        """Records why the run stopped; the sinks stay open for the final save's row."""
         run.event("stop", reason=reason)
-        for sink in self._sinks:
-            sink.close()
 
 
 class Evaluate(Callback):

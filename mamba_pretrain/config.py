@@ -66,9 +66,13 @@ def read_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
         if "=" not in item or item.startswith("-"):
             raise UserError(f"override {item!r} is not of the form key.path=value, for example train.steps=100")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.load(path)
+        for item in overrides:
+            key, value = item.split("=", 1)
+            # Parsed by the same YAML loader as the file; update, unlike merge, also reaches into lists (data.sources.0.path).
+            OmegaConf.update(tree, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True, force_add=True)
         plain = OmegaConf.to_container(tree, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(plain, dict):
         raise UserError(f"config {path} is not a mapping of keys to values; compare it with configs/quickstart.yaml")

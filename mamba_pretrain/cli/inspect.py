@@ -83,13 +83,16 @@ def _gpu_here() -> str | None:
 
 
 def doctor(
-    run_dir: Path = typer.Option(Path("runs"), help="Folder whose disk and checkpoints are checked; a config's run_dir comes first"),
-    config: Path = typer.Option(None, help="Also check this run's datasets, run folder and tracking"),
+    config: Path = typer.Argument(None, help="YAML config: also check this run's datasets, run folder and tracking"),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[KEY.PATH=VALUE]...", help="Overrides, for example data.sources.0.path=data/corpus"
+    ),
+    run_dir: Path = typer.Option(Path("runs"), help="Without a config: folder whose disk and checkpoints are checked"),
     json_output: bool = typer.Option(False, "--json", help="Print the findings as JSON"),
 ) -> None:
     """Check installation, kernels, GPU, disk, collectives and inputs; every red line says how to mend it. Exit code 1 if any is red.
 
-    Example: `mamba-pretrain doctor --config configs/quickstart.yaml`
+    Example: `mamba-pretrain doctor configs/quickstart.yaml data.sources.0.path=data/corpus`
     """
     import orjson
     from rich.console import Console
@@ -97,7 +100,7 @@ def doctor(
     from mamba_pretrain.config import load_config
     from mamba_pretrain.monitor.doctor.examine import examine, show
 
-    run = load_config(config) if config is not None else None
+    run = load_config(config, overrides or []) if config is not None else None
     console = Console()
     found = []
     for check in examine(run.run_dir if run is not None else run_dir, run):

@@ -1,125 +1,133 @@
-"""Which source each sample comes from: exact shares over a period, no state but integers."""
+"""Which source gives which sample of the run, with integers only.
+
+The weights become whole shares of a period. Inside a period the sources are spread evenly, every period is the same, and so the source of
+global sample i and the number of samples that source gave before are table look-ups. A blend that changes between runs adds a segment to
+the schedule: the new one begins where the old one stopped, and each source's cursor goes on from where it stood.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from math import lcm
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-LONGEST_PERIOD = 10_000
+MAX_PERIOD = 100_000  # fractions with a longer exact period are rounded to multiples of 1 / MAX_PERIOD
 
 
-class Blend:
-    """Assigns the samples of a run to sources in the ratio of ``weights``.
+def whole_shares(weights: Sequence[float]) -> list[int]:
+    """Samples of each source in one period: the weights' exact proportions, or the nearest of a period of ``MAX_PERIOD``.
 
-    Within every period each source gets its exact number of samples, spread as evenly as integers allow: after any number of samples, no source
-    is more than about one sample away from its share.
+    Every source gets at least one sample. Weights are read as the decimals they are written as: 0.1 is one tenth.
+    """
+    parts = [Fraction(str(weight)) for weight in weights]
+    fractions = [part / sum(parts) for part in parts]
+    period = math.lcm(*(fraction.denominator for fraction in fractions))
+    if period <= MAX_PERIOD:
+        return [int(fraction * period) for fraction in fractions]
+    shares = [max(1, int(fraction * MAX_PERIOD)) for fraction in fractions]
+    missing = sorted(range(len(shares)), key=lambda s: fractions[s] * MAX_PERIOD - shares[s], reverse=True)
+    for source in missing[: max(0, MAX_PERIOD - sum(shares))]:
+        shares[source] += 1
+    divisor = math.gcd(*shares)
+    return [share // divisor for share in shares]
+
+
+@lru_cache(maxsize=16)
+def period_table(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """One period: the source (P,) of each sample and the number (P,) of that source's samples before it in the period.
+
+    Sample j of a source with share c stands at time (j + 1/2) / c; sorting all of them spreads every source evenly.
+    """
+    source = np.repeat(np.arange(len(shares)), shares)
+    rank = np.concatenate([np.arange(share) for share in shares])
+    order = np.lexsort((source, (rank + 0.5) / np.asarray(shares)[source]))
+    return source[order], rank[order]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the run with one blend. ``start``: its first global sample. ``shares``: samples of each source in a period.
+
+    ``cursors``: samples that each source (also one no longer in the blend) had given before ``start``.
     """
 
-    def __init__(self, weights: list[float]) -> None:
-        """Weights are positive; ratios that need a period of over 10,000 samples are rounded to one of 10,000."""
-        self.quotas = _quotas(weights)
-        self.period = sum(self.quotas)
-        self._pattern = _spread(self.quotas)
-        before = np.zeros((len(weights), self.period + 1), dtype=np.int64)
-        for source in range(len(weights)):
-            np.cumsum(self._pattern == source, out=before[source, 1:])
-        self._before = before
+    start: int
+    shares: dict[str, int]
+    cursors: dict[str, int]
 
-    def sources(self, first: int, count: int) -> np.ndarray:
-        """The source of each of the samples [first, first + count)."""
-        return self._pattern[np.arange(first, first + count, dtype=np.int64) % self.period]
+    def place(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source number (in the order of ``shares``) and draw of that source, each (m,), of global samples (m,)."""
+        source, rank = period_table(tuple(self.shares.values()))
+        periods, offset = np.divmod(samples - self.start, len(source))
+        per_period = np.array(list(self.shares.values()))
+        before = np.array([self.cursors.get(name, 0) for name in self.shares])
+        chosen = source[offset]
+        return chosen, before[chosen] + periods * per_period[chosen] + rank[offset]
 
-    def cursors(self, sample: int) -> list[int]:
-        """How many of the first ``sample`` samples came from each source."""
-        periods, rest = divmod(sample, self.period)
-        return [periods * quota + int(self._before[source, rest]) for source, quota in enumerate(self.quotas)]
-
-
-def _quotas(weights: list[float]) -> list[int]:
-    total = sum(Fraction(str(weight)) for weight in weights)
-    shares = [Fraction(str(weight)) / total for weight in weights]
-    period = lcm(*(share.denominator for share in shares))
-    if period <= LONGEST_PERIOD:
-        return [int(share * period) for share in shares]
-    exact = [share * LONGEST_PERIOD for share in shares]
-    quotas = [max(1, int(value)) for value in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda i: (int(exact[i]) - exact[i], i))
-    for source in by_remainder[: max(0, LONGEST_PERIOD - sum(quotas))]:
-        quotas[source] += 1
-    return quotas
-
-
-def _spread(quotas: list[int]) -> np.ndarray:
-    """The period as a list of sources: at each place the one that is furthest behind its share."""
-    share = np.array(quotas, dtype=np.float64) / sum(quotas)
-    given = np.zeros(len(quotas))
-    pattern = np.empty(sum(quotas), dtype=np.int32)
-    for i in range(len(pattern)):
-        behind = np.where(given < quotas, share * (i + 1) - given, -np.inf)
-        pattern[i] = source = int(np.argmax(behind))
-        given[source] += 1
-    return pattern
+    def cursors_at(self, sample: int) -> dict[str, int]:
+        """Samples that each source has given before global sample ``sample``."""
+        source, _ = period_table(tuple(self.shares.values()))
+        periods, offset = divmod(sample - self.start, len(source))
+        in_part = np.bincount(source[:offset], minlength=len(self.shares))
+        given = {name: periods * share + int(part) for (name, share), part in zip(self.shares.items(), in_part, strict=True)}
+        return self.cursors | {name: self.cursors.get(name, 0) + count for name, count in given.items()}
 
 
 class BlendSchedule:
-    """The blends of a run one after another: a blend may change at a resume without repeating or losing a sample of any source.
+    """The blends of a run, oldest first. Sources are named by their dataset's fingerprint."""
 
-    Each segment begins at a sample of the run, with the number of samples every source had given by then.
-    """
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = list(segments)
 
-    def __init__(self, names: list[str], weights: list[float]) -> None:
-        self._segments = [{"first": 0, "weights": dict(zip(names, weights, strict=True)), "cursors": dict.fromkeys(names, 0)}]
-        self._blends = [Blend(weights)]
+    @classmethod
+    def constant(cls, weights: dict[str, float]) -> BlendSchedule:
+        """One blend from the first sample on."""
+        return cls([Segment(0, named_shares(weights), {})])
 
-    def locate(self, first: int, count: int) -> list[tuple[str, int]]:
-        """(source, cursor) of each of the samples [first, first + count): the cursor counts the source's samples over the whole run."""
-        located: list[tuple[str, int]] = []
-        starts = [segment["first"] for segment in self._segments[1:]] + [first + count]
-        for segment, blend, end in zip(self._segments, self._blends, starts, strict=True):
-            begin, stop = max(first, segment["first"]), min(first + count, end)
-            if begin >= stop:
-                continue
-            names = list(segment["weights"])
-            given = blend.cursors(begin - segment["first"])
-            cursor = [segment["cursors"][name] + n for name, n in zip(names, given, strict=True)]
-            for source in blend.sources(begin - segment["first"], stop - begin):
-                located.append((names[source], cursor[source]))
-                cursor[source] += 1
-        return located
+    def followed_by(self, weights: dict[str, float], at: int) -> BlendSchedule:
+        """The same schedule up to global sample ``at``, the blend of ``weights`` from there; itself if that is the blend already."""
+        last = self.segments[-1]
+        shares = named_shares(weights)
+        if shares == last.shares:
+            return self
+        return BlendSchedule([*(s for s in self.segments if s.start < at), Segment(at, shares, self._segment_at(at).cursors_at(at))])
 
-    def cursors(self, sample: int) -> dict[str, int]:
-        """Samples that each source ever used has given before ``sample``."""
-        total: dict[str, int] = {}
-        for segment, blend in zip(self._segments, self._blends, strict=True):
-            if segment["first"] <= sample:
-                total |= segment["cursors"]
-                given = blend.cursors(sample - segment["first"])
-                total |= {name: segment["cursors"][name] + n for name, n in zip(segment["weights"], given, strict=True)}
-        return total
+    def place(self, samples: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """(source, rows, draws) for each source among global samples (m,): ``rows`` index ``samples``, ``draws`` count the source's own."""
+        starts = np.array([segment.start for segment in self.segments])
+        segment_of = np.searchsorted(starts, samples, side="right") - 1
+        for number in np.unique(segment_of):
+            rows = np.flatnonzero(segment_of == number)
+            segment = self.segments[number]
+            chosen, draws = segment.place(samples[rows])
+            for source, name in enumerate(segment.shares):
+                mine = chosen == source
+                if mine.any():
+                    yield name, rows[mine], draws[mine]
 
-    def change(self, sample: int, weights: dict[str, float]) -> bool:
-        """Uses other weights or sources from ``sample`` on; False if they are those in force. Later segments are dropped."""
-        kept = [i for i, segment in enumerate(self._segments) if segment["first"] < sample or i == 0]
-        self._segments, self._blends = [self._segments[i] for i in kept], [self._blends[i] for i in kept]
-        if self._segments[-1]["weights"] == weights:
-            return False
-        cursors = self.cursors(sample)
-        segment = {"first": sample, "weights": dict(weights), "cursors": {**cursors, **{n: cursors.get(n, 0) for n in weights}}}
-        if sample == self._segments[-1]["first"]:
-            self._segments.pop()
-            self._blends.pop()
-        self._segments.append(segment)
-        self._blends.append(Blend(list(weights.values())))
-        return True
+    def cursors_at(self, sample: int) -> dict[str, int]:
+        """Samples that each source has given before global sample ``sample``."""
+        return self._segment_at(sample).cursors_at(sample)
+
+    def _segment_at(self, sample: int) -> Segment:
+        return next(segment for segment in reversed(self.segments) if segment.start <= sample)
 
     def state(self) -> list[dict[str, Any]]:
-        """Plain data."""
-        return [dict(segment) for segment in self._segments]
+        """Plain integers and names for a checkpoint."""
+        return [{"start": s.start, "shares": dict(s.shares), "cursors": dict(s.cursors)} for s in self.segments]
 
-    def load(self, state: list[dict[str, Any]]) -> None:
-        """Continues from ``state()``."""
-        self._segments = [dict(segment) for segment in state]
-        self._blends = [Blend(list(segment["weights"].values())) for segment in state]
+    @classmethod
+    def from_state(cls, state: list[dict[str, Any]]) -> BlendSchedule:
+        """The schedule saved by ``state``."""
+        return cls([Segment(**segment) for segment in state])
+
+
+def named_shares(weights: dict[str, float]) -> dict[str, int]:
+    """Shares by source, in the order of the names: how a config lists its sources does not matter."""
+    names = sorted(weights)
+    return dict(zip(names, whole_shares([weights[name] for name in names]), strict=True))

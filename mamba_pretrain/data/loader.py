@@ -1,8 +1,8 @@
-"""The training loop's source of batches: which samples is arithmetic, reading them is a background thread's work."""
+"""The training and validation data of a run, as each rank sees it."""
 
 from __future__ import annotations
 
-import hashlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,188 +12,184 @@ import numpy as np
 import torch
 
 from data_tools.errors import UserError
-from data_tools.manifest import Manifest
 from mamba_pretrain.data.batch import Batch
 from mamba_pretrain.data.blend import BlendSchedule
-from mamba_pretrain.data.collate import collate
-from mamba_pretrain.data.config import DataConfig, SourceConfig
-from mamba_pretrain.data.order import epoch_order
-from mamba_pretrain.data.packed_dataset import PackedDataset, Sample
+from mamba_pretrain.data.config import DataConfig, EvaluatedSource
+from mamba_pretrain.data.sampling import Sampler, Source, padded_batch
+from mamba_pretrain.data.storage import DatasetFolder
 
 
 class TrainingData:
-    """The endless, blended, shuffled sequence of samples of a run, and this process's share of any range of it.
+    """The training samples of a run: which ones make a global batch is a pure function of the datasets, the seed, the blends and its number.
 
-    Sample i of the run is a pure function of (datasets, seed, blend schedule, i): the same for every world size and micro-batch size.
+    A range of global samples is cut into micro-steps of ``world_size * micro_batch_size`` samples; of each, rank r takes the r-th block of
+    ``micro_batch_size``. What a global batch holds therefore depends neither on the world size nor on the micro-batch.
     """
 
-    def __init__(self, config: DataConfig, seed: int, rank: int, world_size: int, micro_batch_size: int) -> None:
-        check_tokenizers(config)
-        self._config = config
+    def __init__(self, config: DataConfig, seed: int, rank: int = 0, world_size: int = 1, micro_batch_size: int = 1) -> None:
+        """Opens all sources. Raises UserError for missing or damaged datasets, mixed tokenizers and sequences longer than the data."""
+        self.config = config
+        self.sequence_length = config.sequence_length
+        self.last_wait_seconds = 0.0
         self._seed = seed
-        self._rank, self._world, self._micro = rank, world_size, micro_batch_size
-        self._datasets = {
-            source.name: PackedDataset(source.path, config.train_split, config.sequence_length, config.packing) for source in config.sources
-        }
-        self._weights = {source.name: source.weight for source in config.sources}
-        self._schedule = BlendSchedule(list(self._weights), list(self._weights.values()))
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._ahead: tuple[tuple[int, int], Future[list[Batch]]] | None = None
-
-    # -- what the data is
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens per sample."""
-        return self._config.sequence_length
-
-    @property
-    def manifest(self) -> Manifest:
-        """The first source's manifest; all share its tokenizer."""
-        return next(iter(self._datasets.values())).stream.manifest
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids in the data are smaller than this."""
-        return self.manifest.tokenizer.vocab_size
-
-    @property
-    def tokenizer_dir(self) -> Path:
-        """The folder of the tokenizer's files."""
-        return self._config.sources[0].path / "tokenizer"
-
-    @property
-    def total_samples(self) -> dict[str, int]:
-        """Samples in one epoch of each source."""
-        return {name: len(dataset) for name, dataset in self._datasets.items()}
+        self._rank = rank
+        self._micro_step = world_size * micro_batch_size
+        self._micro_batch = micro_batch_size
+        self._sampler = Sampler(config, seed)
+        self._blend = BlendSchedule.constant(self._sampler.weights)
+        self._next_sample = 0
+        self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="data")
+        self._pending: dict[int, tuple[Future[list[Batch]], int]] = {}  # first sample of a micro-batch -> (group being read, place in it)
+        self._pin = torch.cuda.is_available()
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides which sample is which, but for the weights, which may change."""
-        parts = [self._config.packing, str(self.sequence_length), self._config.train_split, str(self._seed), str(self._config.shuffle)]
-        parts += sorted(f"{name}:{dataset.stream.manifest.fingerprint}" for name, dataset in self._datasets.items())
-        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
+        """Hash of the tokens and tokenizers of all sources."""
+        return self._sampler.fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer: every id is below it."""
+        return self._sampler.sources[0].folder.manifest.tokenizer.vocab_size
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Folder with the tokenizer's files."""
+        return self._sampler.sources[0].folder.tokenizer_dir
+
+    @property
+    def total_samples(self) -> dict[str, int]:
+        """Samples of one epoch, by source."""
+        return {source.name: source.n_samples for source in self._sampler.sources}
+
+    @property
+    def padding_fraction(self) -> dict[str, float]:
+        """Share of the places that hold padding, by source."""
+        return {source.name: source.n_padding / (source.n_samples * self.sequence_length) for source in self._sampler.sources}
+
+    def samples_drawn(self) -> dict[str, int]:
+        """Samples taken so far by all ranks, by source; divided by ``total_samples`` these are epochs."""
+        cursors = self._blend.cursors_at(self._next_sample)
+        return {source.name: cursors.get(source.key, 0) for source in self._sampler.sources}
 
     def bytes_per_token(self, name: str) -> float | None:
-        """UTF-8 bytes per token in a source's validation split; None if they were not counted."""
-        return bytes_per_token(next(source for source in self._config.sources if source.name == name), self._config.validation_split)
-
-    # -- batches
+        """UTF-8 bytes of text per token in the validation split of the source called ``name``; None if the dataset does not record it."""
+        folder = DatasetFolder(find_source(self.config, name).path, self.config.cache_dir)
+        split = folder.manifest.splits.get(self.config.validation_split)
+        return split.text_bytes / split.tokens if split and split.tokens and split.text_bytes else None
 
     def take(self, first_sample: int, n_samples: int) -> list[Batch]:
-        """This process's micro-batches of the samples [first, first + n), and begins to read the next ``n`` ahead.
+        """This rank's micro-batches of global samples ``first_sample ... first_sample + n_samples - 1``; reads ahead as many samples after them.
 
-        Micro-step m covers the m-th block of world size x micro-batch samples, rank by rank. Raises UserError if ``n_samples`` is no multiple of that.
+        Raises UserError when ``n_samples`` is no multiple of world size times micro-batch, and whatever went wrong while reading.
         """
-        wanted = (first_sample, n_samples)
-        quantum = self._world * self._micro
-        if n_samples % quantum:
-            raise UserError(f"{n_samples} samples are not divisible by world size x micro-batch = {quantum}")
-        future = self._ahead[1] if self._ahead is not None and self._ahead[0] == wanted else self._pool.submit(self._load, *wanted)
-        batches = future.result()
-        following = (first_sample + n_samples, n_samples)
-        self._ahead = following, self._pool.submit(self._load, *following)
+        if n_samples <= 0 or n_samples % self._micro_step:
+            raise UserError(
+                f"a global batch of {n_samples} sequences is not divisible by world size x micro-batch = {self._micro_step}; "
+                "change train.global_batch_size or train.micro_batch_size"
+            )
+        asked = time.perf_counter()
+        end = first_sample + n_samples
+        wanted = self._starts(first_sample, end)
+        ahead = self._starts(end, end + n_samples)
+        self._forget_all_but({*wanted, *ahead})
+        self._schedule(wanted)
+        self._schedule(ahead)
+        groups = [self._pending.pop(start) for start in wanted]
+        batches = [group.result()[place] for group, place in groups]
+        self._next_sample = end
+        self.last_wait_seconds = time.perf_counter() - asked
         return batches
 
-    def _load(self, first: int, count: int) -> list[Batch]:
-        ids = self._own(first, count)
-        located = self._locate(first, count)
-        places = [located[i - first] for i in ids]
-        for name, index in places:
-            self._datasets[name].will_need(index)
-        samples = [self._datasets[name][index] for name, index in places]
-        masked = self._config.mask_cross_document
-        batches = [collate(samples[i : i + self._micro], ids[i : i + self._micro], masked) for i in range(0, len(ids), self._micro)]
-        return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
+    def _starts(self, first: int, end: int) -> list[int]:
+        """First sample of each of this rank's micro-batches in a range."""
+        return [start + self._rank * self._micro_batch for start in range(first, end, self._micro_step)]
 
-    def _own(self, first: int, count: int) -> list[int]:
-        block = self._world * self._micro
-        return [first + start + self._rank * self._micro + i for start in range(0, count, block) for i in range(self._micro)]
+    def _schedule(self, starts: list[int]) -> None:
+        """Has the micro-batches read that are not being read already, in groups large enough to keep a disk busy."""
+        missing = [start for start in starts if start not in self._pending]
+        size = max(1, self.config.read_ahead // self._micro_batch)
+        for group in (missing[i : i + size] for i in range(0, len(missing), size)):
+            future = self._threads.submit(self._read, group)
+            self._pending.update({start: (future, place) for place, start in enumerate(group)})
 
-    def _locate(self, first: int, count: int) -> list[tuple[str, int]]:
-        """(source, sample index within it) of each of a range of the run's samples."""
-        located = self._schedule.locate(first, count)
-        found: list[tuple[str, int]] = [("", 0)] * count
-        for name, dataset in self._datasets.items():
-            mine = [i for i, (source, _) in enumerate(located) if source == name]
-            if not mine:
-                continue
-            start = located[mine[0]][1]  # a source's cursors run on by one
-            order = epoch_order(len(dataset), self._seed, dataset.stream.manifest.fingerprint, start, len(mine), self._config.shuffle)
-            for i, index in zip(mine, order, strict=True):
-                found[i] = name, int(index)
-        return found
+    def _read(self, starts: list[int]) -> list[Batch]:
+        samples = (np.array(starts)[:, None] + np.arange(self._micro_batch)).reshape(-1)
+        batch = self._sampler.batch(list(self._blend.place(samples)), samples)
+        batches = [batch.rows(slice(begin, begin + self._micro_batch)) for begin in range(0, len(samples), self._micro_batch)]
+        return [micro_batch.pinned() for micro_batch in batches] if self._pin else batches
 
-    def sample_ids(self, first: int, count: int) -> list[tuple[str, int]]:
-        """(source, sample index) of a range of the run's samples, for tests and for looking."""
-        return self._locate(first, count)
-
-    # -- state
+    def _forget_all_but(self, starts: set[int]) -> None:
+        for start in self._pending.keys() - starts:
+            self._pending.pop(start)[0].cancel()
 
     def state(self) -> dict[str, Any]:
-        """Integers and names only: the blends so far and what the data was."""
-        return {"blend": self._schedule.state(), "fingerprint": self.fingerprint}
+        """Integers and names only: what the order depends on, and the blends so far."""
+        return {
+            "seed": self._seed,
+            "sequence_length": self.sequence_length,
+            "packing": self.config.packing,
+            "blend": self._blend.state(),
+        }
 
     def load(self, state: dict[str, Any], sample: int) -> bool:
-        """Continues at ``sample``; if the config's blend differs from the saved one, it begins there. Returns whether it does."""
-        self._drop_ahead()
-        self._schedule.load(state["blend"])
-        return self._schedule.change(sample, self._weights)
+        """Continues a run whose next sample is ``sample``. A blend that differs from the last one begins there, and each source goes on from
+        where it stood, so that nothing is repeated or lost. Returns whether it does.
 
-    def _drop_ahead(self) -> None:
-        if self._ahead is not None:
-            self._ahead[1].cancel() or self._ahead[1].exception()
-            self._ahead = None
+        Raises UserError when the order is another one (seed, sequence length, packing).
+        """
+        for key, mine in self.state().items():
+            if key != "blend" and state[key] != mine:
+                name = key if key == "seed" else f"data.{key}"
+                raise UserError(
+                    f"the run read its data with {name}={state[key]}, and now it is {mine}: samples would be repeated and lost; "
+                    f"set {name}={state[key]}, or start a new run from the weights with train.init_from"
+                )
+        self._forget_all_but(set())
+        self._next_sample = sample
+        saved = BlendSchedule.from_state(state["blend"])
+        self._blend = saved.followed_by(self._sampler.weights, sample)
+        return self._blend is not saved
 
     def close(self) -> None:
-        """Stops the thread and closes the files."""
-        self._drop_ahead()
-        self._pool.shutdown(wait=True)
-        for dataset in self._datasets.values():
-            dataset.stream.close()
-
-
-def check_tokenizers(config: DataConfig) -> None:
-    """Raises UserError unless all sources were made with one tokenizer."""
-    first, *others = config.sources
-    expected = Manifest.load(first.path).tokenizer.hash
-    for source in others:
-        if Manifest.load(source.path).tokenizer.hash != expected:
-            raise UserError(f"{first.path} and {source.path} were tokenized with different tokenizers; tokenize one of them again")
-
-
-def bytes_per_token(source: SourceConfig, split: str) -> float | None:
-    """UTF-8 bytes of text per token of a source's split; None if they were not counted."""
-    found = Manifest.load(source.path).splits.get(split)
-    return found.text_bytes / found.tokens if found is not None and found.text_bytes and found.tokens else None
+        """Stops the threads and closes the files; may be called twice."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+        self._sampler.close()
 
 
 def validation_names(config: DataConfig) -> list[str]:
-    """The sources that have a validation split."""
-    names = []
-    for source in config.sources:
-        split = Manifest.load(source.path).splits.get(config.validation_split)
-        if split is not None and split.tokens > 1:
-            names.append(source.name)
-    return names
+    """Names of the sources that have something to evaluate on."""
+
+    def has_validation(source: EvaluatedSource) -> bool:
+        split = DatasetFolder(source.path, config.cache_dir).manifest.splits.get(config.validation_split)
+        return split is not None and split.tokens >= 2
+
+    return [source.name for source in config.evaluated_sources if has_validation(source)]
+
+
+def find_source(config: DataConfig, name: str) -> EvaluatedSource:
+    """The source called ``name``; UserError if there is none."""
+    for source in config.evaluated_sources:
+        if source.name == name:
+            return source
+    raise UserError(f"no data source is called {name!r}; there are: {', '.join(source.name for source in config.evaluated_sources)}")
 
 
 def validation_batches(
-    config: DataConfig, name: str, rank: int, world_size: int, micro_batch_size: int, max_samples: int | None = None
+    config: DataConfig, name: str, rank: int = 0, world_size: int = 1, micro_batch_size: int = 1, max_samples: int | None = None
 ) -> Iterator[Batch]:
-    """This process's batches of a source's validation split: every sample once over all processes, unshuffled, the same each time.
+    """This rank's batches of the validation split of the source called ``name``: the same samples every time, each exactly once over all ranks.
 
-    Every process gets the same number of batches, as sharded engines need; what is missing is filled with samples without targets.
+    ``max_samples`` spreads evenly over the split. Every rank gets the same number of batches: what is missing at the end is padding without
+    targets. ``sample_ids`` number the split's sequences.
     """
-    source = next(source for source in config.sources if source.name == name)
-    dataset = PackedDataset(source.path, config.validation_split, config.sequence_length, "concat", pad_tail=True)
-    count = min(len(dataset), max_samples or len(dataset))
-    block = world_size * micro_batch_size
-    empty = Sample(np.zeros(config.sequence_length + 1, dtype=np.int64), np.full(config.sequence_length + 1, -1, dtype=np.int32))
+    source = Source.for_validation(config, find_source(config, name))
+    count = min(source.n_samples, max_samples or source.n_samples)
+    samples = np.arange(count) * source.n_samples // max(1, count)
     try:
-        for start in range(0, count, block):
-            ids = range(start + rank * micro_batch_size, start + (rank + 1) * micro_batch_size)
-            samples = [dataset[i] if i < count else empty for i in ids]
-            yield collate(samples, [i if i < count else -1 for i in ids], config.mask_cross_document)
+        for micro_step in range(0, count, world_size * micro_batch_size):
+            start = micro_step + rank * micro_batch_size
+            yield padded_batch(source, samples[start : start + micro_batch_size], micro_batch_size, config.sequence_length)
     finally:
-        dataset.stream.close()
+        source.close()

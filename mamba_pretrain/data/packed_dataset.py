@@ -1,152 +1,160 @@
-"""Samples of fixed length cut from a dataset's shards, with the true document boundaries of the index."""
+"""The tokens of one split as a single stream over all its shards, with the documents' boundaries from the indices."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 
 from data_tools.errors import UserError
 from data_tools.indexed import IndexedDataset
-from data_tools.manifest import Manifest
-from mamba_pretrain.data.packing import Packing, pack
-
-
-@dataclass(frozen=True)
-class Sample:
-    """``length + 1`` tokens (int64), and for each the number of the document it belongs to within the sample; -1 marks padding."""
-
-    tokens: np.ndarray
-    document: np.ndarray
+from data_tools.manifest import Shard
+from mamba_pretrain.data.storage import DatasetFolder
 
 
 class TokenStream:
-    """The documents of one split's shards as one sequence of tokens. Opening reads no index and no tokens."""
+    """Tokens 0 ... n_tokens - 1 and documents 0 ... n_documents - 1 of a split, numbered through its shards in the manifest's order.
 
-    def __init__(self, folder: Path, split: str) -> None:
-        manifest = Manifest.load(folder)
-        if split not in manifest.splits or not manifest.splits[split].shards:
-            known = ", ".join(manifest.splits) or "none"
-            raise UserError(f"dataset {folder} has no split {split!r} (it has {known}); tokenize with --validation-fraction to make one")
-        self.folder = folder
-        self.manifest = manifest
-        self.shards = [IndexedDataset(folder / shard.path) for shard in manifest.splits[split].shards]
-        for shard, described in zip(self.shards, manifest.splits[split].shards, strict=True):
-            if shard.n_tokens != described.tokens:
+    Nothing is read when it is opened: indices are memory-mapped and searched, so that a split of any size opens at once. Safe to use from
+    several threads.
+    """
+
+    def __init__(self, folder: DatasetFolder, split: str, ahead: int = 64) -> None:
+        """Raises UserError for a split that the dataset lacks and for missing, truncated or mixed shards."""
+        self.path = folder.path
+        self.split = split
+        shards = _shards(folder, split)
+        self.indices, self._storage = folder.open([shard.path for shard in shards], ahead)
+        for shard, index in zip(shards, self.indices, strict=True):
+            if (index.n_tokens, index.dtype) != (shard.tokens, self.indices[0].dtype):
                 raise UserError(
-                    f"{shard.bin_path} holds {shard.n_tokens} tokens, its manifest says {described.tokens}; run `mamba-data verify {folder}`"
+                    f"{index.bin_path} holds {index.n_tokens} tokens of {index.dtype}, but {folder.path}/manifest.json describes {shard.tokens} of "
+                    f"{self.indices[0].dtype}; restore the dataset or tokenize again"
                 )
-        self.ends = np.cumsum([shard.n_tokens for shard in self.shards])
-        self.n_tokens = int(self.ends[-1])
+        self.dtype = self.indices[0].dtype
+        self._starts = [_DocumentStarts(index) for index in self.indices]
+        self._token_base = [0, *accumulate(index.n_tokens for index in self.indices)]
+        self._document_base = [0, *accumulate(len(starts) for starts in self._starts)]
+        self.n_tokens = self._token_base[-1]
+        self.n_documents = self._document_base[-1]
 
-    def ranges(self, first: int, count: int) -> list[tuple[int, int, int]]:
-        """(shard, first token within it, count) of a range of the stream."""
+    def read(self, first: np.ndarray, buffers: Sequence[memoryview]) -> None:
+        """Fills ``buffers[i]`` (bytes, whole tokens) with the tokens from ``first[i]`` on; a range may reach over several shards."""
+        files, offsets, parts = [], [], []
+        for start, buffer in zip(first.tolist(), buffers, strict=True):
+            for shard, offset, part in self._pieces(start, buffer):
+                files.append(shard)
+                offsets.append(offset)
+                parts.append(part)
+        self._storage.read(files, offsets, parts)
+
+    def _pieces(self, first: int, buffer: memoryview) -> Iterator[tuple[int, int, memoryview]]:
+        """(shard, byte offset, part of the buffer) of the range of tokens from ``first`` on."""
+        base, itemsize = self._token_base, self.dtype.itemsize
+        shard = self._shard(first)
+        while len(buffer):
+            room = (base[shard + 1] - first) * itemsize
+            yield shard, (first - base[shard]) * itemsize, buffer[:room]
+            buffer = buffer[room:]
+            shard += 1
+            first = base[shard]
+
+    def document_starts(self, documents: np.ndarray) -> np.ndarray:
+        """First token (m,) of each document (m,)."""
         found = []
-        shard = int(np.searchsorted(self.ends, first, side="right"))
-        while count:
-            start = int(self.ends[shard - 1]) if shard else 0
-            here = min(count, int(self.ends[shard]) - first)
-            if here:
-                found.append((shard, first - start, here))
-            first, count, shard = first + here, count - here, shard + 1
-        return found
+        for document in documents.tolist():
+            shard = bisect_right(self._document_base, document) - 1
+            found.append(self._token_base[shard] + self._starts[shard].of(document - self._document_base[shard]))
+        return np.array(found, dtype=np.int64)
 
-    def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (int64) of a range, and the number of the document of each, counted from the range's first."""
-        tokens = np.empty(count, dtype=np.int64)
-        document = np.zeros(count, dtype=np.int32)
-        at, number = 0, 0
-        for shard, begin, here in self.ranges(first, count):
-            data = self.shards[shard]
-            tokens[at : at + here] = data.read(begin, here)
-            # Byte pointers are sorted: the documents that begin inside the range are found by binary search, whatever the shard's size.
-            size = data.dtype.itemsize
-            lowest, highest = np.searchsorted(data.pointers, [(begin + 1) * size, (begin + here) * size])
-            number += at > 0 and self._begins_document(data, begin)
-            starts = data.pointers[lowest:highest] // size - begin
-            document[at : at + here] = number
-            if len(starts):
-                marks = np.zeros(here, dtype=np.int32)
-                np.add.at(marks, starts, 1)
-                document[at : at + here] += np.cumsum(marks)
-                number = int(document[at + here - 1])
-            at += here
-        return tokens, document
+    def starts_within(self, first: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Documents that begin after token ``first[i]`` and at or before ``first[i] + length[i]``: (i, tokens past ``first[i]``), each (k,)."""
+        rows: list[int] = []
+        counts: list[int] = []
+        found: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+        for row, (begin, span) in enumerate(zip(first.tolist(), length.tolist(), strict=True)):
+            for shard in range(self._shard(begin), self._shard(min(begin + span, self.n_tokens - 1)) + 1):
+                base = self._token_base[shard]
+                starts = self._starts[shard].within(begin - base, begin + span - base)
+                rows.append(row)
+                counts.append(len(starts))
+                found.append(starts + (base - begin))
+        return np.repeat(np.array(rows, dtype=np.int64), counts), np.concatenate(found)
 
-    @staticmethod
-    def _begins_document(data: IndexedDataset, token: int) -> bool:
-        place = int(np.searchsorted(data.pointers, token * data.dtype.itemsize))
-        return place < len(data) and int(data.pointers[place]) == token * data.dtype.itemsize
+    def _shard(self, token: int) -> int:
+        return bisect_right(self._token_base, token) - 1
 
-    def will_need(self, first: int, count: int) -> None:
-        """Tells the operating system to read a range ahead."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for shard, begin, here in self.ranges(first, count):
-            data = self.shards[shard]
-            os.posix_fadvise(data.descriptor, begin * data.dtype.itemsize, here * data.dtype.itemsize, os.POSIX_FADV_WILLNEED)
+    def document_lengths(self) -> np.ndarray:
+        """Tokens (n_documents,) of every document: reads all indices, 4 bytes of memory a document."""
+        return np.concatenate([starts.lengths() for starts in self._starts])
 
     def close(self) -> None:
-        """Closes the shards."""
-        for shard in self.shards:
-            shard.close()
+        """Closes the files."""
+        self._storage.close()
 
 
-class PackedDataset:
-    """Sample j of a split: ``length + 1`` tokens, of which the first ``length`` are read and the last ``length`` predicted."""
+def _shards(folder: DatasetFolder, split: str) -> list[Shard]:
+    splits = folder.manifest.splits
+    if split not in splits:
+        raise UserError(f"{folder.path} has no split {split!r}, it has: {', '.join(sorted(splits)) or 'none'}; tokenize it with that split")
+    shards = [shard for shard in splits[split].shards if shard.tokens]
+    if not shards:
+        raise UserError(f"the split {split!r} of {folder.path} is empty; tokenize more text")
+    return shards
 
-    def __init__(self, folder: Path, split: str, length: int, packing: str, pad_tail: bool = False) -> None:
-        """``pad_tail`` adds a last, padded sample for the stream's remaining tokens (validation wants every token)."""
-        self.stream = TokenStream(folder, split)
-        self.length = length
-        self.packed: Packing | None = None
-        if packing == "best-fit":
-            self.packed = self._pack()
-            self.n_samples = self.packed.n_bins
-        else:
-            targets = self.stream.n_tokens - 1
-            self.n_samples = -(-targets // length) if pad_tail else targets // length
-        if self.n_samples < 1:
-            raise UserError(
-                f"data.sequence_length {length} is longer than the {split} split of {folder}, which has {self.stream.n_tokens} tokens; "
-                "choose a shorter sequence or add data"
-            )
 
-    def _pack(self) -> Packing:
-        starts, lengths, offset = [], [], 0
-        for shard in self.stream.shards:
-            starts.append(shard.document_starts() + offset)
-            lengths.append(np.asarray(shard.lengths))
-            offset += shard.n_tokens
-        return pack(np.concatenate(starts), np.concatenate(lengths), self.length + 1)
+class _DocumentStarts:
+    """Where the documents of one shard begin, looked up in its memory-mapped index."""
+
+    def __init__(self, index: IndexedDataset) -> None:
+        self._itemsize = index.dtype.itemsize
+        self._end = index.n_tokens * self._itemsize
+        self._pointers = np.asarray(index.pointers)
+        if len(index.documents) != len(index.lengths) + 1:  # Megatron-LM lets a document consist of several sequences; ours do not
+            self._pointers = self._pointers[index.documents[:-1]]
+        # A view of Python integers: numpy's own search would copy the index, as its arrays are not aligned in the file.
+        self._view = self._pointers.view(np.uint8).data.cast("q")
 
     def __len__(self) -> int:
-        """Number of samples."""
-        return self.n_samples
+        return len(self._view)
 
-    def pieces(self, index: int) -> list[tuple[int, int]]:
-        """The ranges (first token, count) of the stream that make up a sample."""
-        if self.packed is None:
-            first = index * self.length
-            return [(first, min(self.length + 1, self.stream.n_tokens - first))]
-        p = self.packed
-        return [(int(p.piece_first[i]), int(p.piece_length[i])) for i in p.order[p.starts[index] : p.starts[index + 1]]]
+    def of(self, document: int) -> int:
+        """First token of a document, within the shard."""
+        return self._view[document] // self._itemsize
 
-    def __getitem__(self, index: int) -> Sample:
-        """Sample ``index``."""
-        tokens = np.zeros(self.length + 1, dtype=np.int64)
-        document = np.full(self.length + 1, -1, dtype=np.int32)
-        at, number = 0, 0
-        for first, count in self.pieces(index):
-            tokens[at : at + count], documents = self.stream.read(first, count)
-            document[at : at + count] = documents + number
-            number = int(document[at + count - 1]) + 1
-            at += count
-        return Sample(tokens, document)
+    def within(self, first: int, last: int) -> np.ndarray:
+        """First tokens (k,) of the documents that begin after token ``first`` and at or before ``last``, within the shard."""
+        begin = upper_bound(self._view, first * self._itemsize, self._end) if first >= 0 else 0
+        key, step, end = last * self._itemsize, 1, begin
+        while end < len(self._view) and self._view[end] <= key:
+            end, step = end + step, 2 * step
+        end = bisect_right(self._view, key, begin, min(end, len(self._view)))
+        return self._pointers[begin:end] // self._itemsize
 
-    def will_need(self, index: int) -> None:
-        """Tells the operating system that a sample will be read soon."""
-        for first, count in self.pieces(index):
-            self.stream.will_need(first, count)
+    def lengths(self) -> np.ndarray:
+        """Tokens (n,) of each document."""
+        return np.diff(self._pointers, append=self._end) // self._itemsize
+
+
+def upper_bound(values: Sequence[int], key: int, end: int) -> int:
+    """How many of the sorted ``values`` are at or below ``key``; values and key lie between 0 and ``end``.
+
+    As values grow about evenly, guessing by proportion touches a few pages of a cold index, where bisection touches one for each doubling of
+    its size: each guess aims a little to one side and the next to the other, so that both bounds close in.
+    """
+    low, high, floor, ceiling, side = 0, len(values), 0, end, 1
+    while high - low > 512 and ceiling > floor:  # 512 pointers are a page
+        span = high - low
+        guess = low + (key - floor) * span // (ceiling - floor) + side * math.isqrt(span)
+        # Halving from time to time bounds the number of guesses whatever the values.
+        guess = min(max(guess, low), high - 1) if abs(side) == 1 else low + span // 2
+        side = {1: -1, -1: 2, 2: 1}[side]
+        value = values[guess]
+        if value <= key:
+            low, floor = guess + 1, value
+        else:
+            high, ceiling = guess, value
+    return bisect_right(values, key, low, high)

@@ -96,6 +96,8 @@ class Training:
         self.watchdog = Watchdog(folder, topology, train.hang_timeout).start()
         self._sinks = self._open_sinks()
         self.run.callbacks = self._callbacks(resume_guard)
+        if self.run.state.restarts:
+            self.run.event("resume", restart=self.run.state.restarts, engine=self.engine.name, world_size=topology.world_size)
 
     # -- checkpoints
 

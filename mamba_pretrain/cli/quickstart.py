@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def quickstart(
     folder: Path = typer.Option(Path("runs/quickstart"), help="Everything is written here"),
     processes: int = typer.Option(2, min=1, help="Training processes on a CPU; on GPUs one per GPU"),
-    steps: int = typer.Option(200, min=20, help="Training steps"),
+    steps: int = typer.Option(120, min=20, help="Training steps"),
     overwrite: bool = typer.Option(False, help="Start again in a folder that already holds a quickstart"),
 ) -> None:
     """Run the main job on the Python standard library's source: tokenizer, shards, training, resume, report, sample, export.

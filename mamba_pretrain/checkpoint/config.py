@@ -16,3 +16,8 @@ class CheckpointConfig(BaseModel):
     async_save: bool = Field(True, description="copy to host memory, then write in the background while training goes on")
     verify: bool = Field(True, description="compare checksums before a checkpoint is loaded; the processes share the files")
     timeout: float = Field(1800.0, gt=0.0, description="seconds to wait for the other processes' files before a save is given up")
+    remote: str | None = Field(
+        None,
+        description="fsspec URL of a folder, for example s3://bucket/runs/NAME, to which every checkpoint is copied as well, and from which the "
+        "run resumes when its own folder holds none",
+    )

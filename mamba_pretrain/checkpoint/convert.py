@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ def write_weights(folder: Path, weights: dict[str, Tensor], meta: dict[str, Any]
     """Writes ``weights`` as the checkpoint of step 0 under ``folder/checkpoints``; ``train.init_from`` takes the folder."""
     root = folder / "checkpoints"
     temporary = root / f".tmp-{folder_name(0)}"
+    if temporary.exists():
+        shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     segments = [
         Segment(f"model.{name}", tuple(t.shape), 0, t.detach().float().cpu().reshape(-1).contiguous()) for name, t in weights.items()

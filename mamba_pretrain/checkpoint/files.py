@@ -67,7 +67,7 @@ def write_segments(path: Path, segments: list[Segment]) -> FileRecord:
     digest = xxhash.xxh3_128()
     begin = 8 + len(text)
     with path.open("wb") as file:
-        for block in (struct.pack("<Q", len(text)), text, *(memoryview(s.data.numpy()).cast("B") for s in segments if s.data.numel())):
+        for block in (struct.pack("<Q", len(text)), text, *(s.data.numpy().view(np.uint8).data for s in segments)):
             file.write(block)
             digest.update(block)
         file.flush()
@@ -86,11 +86,22 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def staged(segment: Segment, pin: bool) -> Segment:
-    """The segment copied to host memory as fp32, so that training may go on changing the original."""
-    source = segment.data.detach()
-    if source.device.type == "cpu":
-        return Segment(segment.name, segment.shape, segment.offset, source.to(torch.float32, copy=True))
-    target = torch.empty(source.shape, dtype=torch.float32, pin_memory=pin)
-    target.copy_(source, non_blocking=True)
-    return Segment(segment.name, segment.shape, segment.offset, target)
+class StagingBuffers:
+    """Host memory into which state is copied, so that training may go on changing the original while the copy is written.
+
+    Buffers are kept from save to save: fresh memory costs a page fault per 4 KB, pinned memory much more.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, int], torch.Tensor] = {}
+
+    def stage(self, segment: Segment) -> Segment:
+        """The segment as fp32 in a buffer of its own; the copy from a GPU may still be under way."""
+        source = segment.data.detach()
+        key = (segment.name, segment.offset)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() != source.numel():
+            buffer = torch.empty(source.shape, dtype=torch.float32, pin_memory=source.device.type == "cuda")
+            self._buffers[key] = buffer
+        buffer.copy_(source, non_blocking=True)
+        return Segment(segment.name, segment.shape, segment.offset, buffer)

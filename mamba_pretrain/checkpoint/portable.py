@@ -6,7 +6,7 @@ partitions and whole tensors are all such ranges, so one layout serves every eng
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +29,10 @@ class Segment:
 class Reader(Protocol):
     """Serves any range of any tensor of a checkpoint, whatever engine and world size wrote it."""
 
+    @property
+    def source(self) -> str:
+        """Where the tensors come from, for messages."""
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's name and shape."""
 
@@ -48,16 +52,36 @@ def split_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     return first, end - first
 
 
-def check_shapes(reader: Reader, expected: dict[str, tuple[int, ...]], source: str) -> None:
+def check_shapes(reader: Reader, expected: dict[str, tuple[int, ...]]) -> None:
     """Raises UserError unless the checkpoint's model tensors are exactly those expected; names the first that is not."""
     found = {name.removeprefix("model."): shape for name, shape in reader.shapes().items() if name.startswith("model.")}
     for name in [*expected, *found]:
         ours, theirs = expected.get(name), found.get(name)
         if ours != theirs:
             raise UserError(
-                f"the checkpoint in {source} is of another architecture: {name} is {theirs or 'absent'} there and {ours or 'absent'} in this "
-                "config's model; use the run's own model section, or another run_dir"
+                f"the checkpoint in {reader.source} is of another architecture: {name} is {theirs or 'absent'} there and {ours or 'absent'} "
+                "in this config's model; use the run's own model section, or another run_dir"
             )
+
+
+def check_moments(reader: Reader, expected: Mapping[str, Iterable[str]]) -> bool:
+    """Whether the checkpoint holds optimizer state: imported weights, and what was saved before the first step, have none.
+
+    ``expected``: names of the optimizer's tensors by parameter. Raises UserError when the checkpoint's are others: another optimizer's.
+    """
+    found: dict[str, set[str]] = {}
+    for name in reader.shapes():
+        if name.startswith("optim."):
+            parameter, _, moment = name.removeprefix("optim.").rpartition(".")
+            found.setdefault(parameter, set()).add(moment)
+    for parameter, moments in expected.items() if found else ():
+        theirs = found.get(parameter, set())
+        if theirs != set(moments):
+            raise UserError(
+                f"the checkpoint in {reader.source} is of another optimizer: for {parameter} it holds {', '.join(sorted(theirs)) or 'nothing'} "
+                f"instead of {', '.join(sorted(moments))}; use the run's own optim.name, or start a new run with train.init_from"
+            )
+    return bool(found)
 
 
 def pieces(name: str, tensor: Tensor, rank: int, world_size: int) -> Iterator[Segment]:

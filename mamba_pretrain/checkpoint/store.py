@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from data_tools.errors import UserError
 from mamba_pretrain.checkpoint.config import CheckpointConfig
-from mamba_pretrain.checkpoint.files import staged, write_segments
+from mamba_pretrain.checkpoint.files import FileRecord, StagingBuffers, write_segments
 from mamba_pretrain.checkpoint.portable import Segment
 from mamba_pretrain.checkpoint.reading import (
     FORMAT,
@@ -34,11 +34,13 @@ from mamba_pretrain.checkpoint.reading import (
     list_checkpoints,
     read_manifest,
 )
+from mamba_pretrain.checkpoint.remote import RemoteFolder
 from mamba_pretrain.parallel.engine import Engine
 from mamba_pretrain.parallel.topology import Topology
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.02
+VISIBLE_SECONDS = 60.0  # a network file system may show a file later on other nodes
 
 
 class SaveError(RuntimeError):
@@ -52,8 +54,10 @@ class CheckpointStore:
         self.root = root
         self.config = config
         self.topology = topology
+        self.remote = RemoteFolder(config.remote) if config.remote else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._buffers = StagingBuffers()
 
     # -- reading
 
@@ -62,7 +66,10 @@ class CheckpointStore:
         self.wait()
         step = self._agree(latest_step(self.root) if self.topology.rank == 0 else None)
         if step is None:
+            step = self._fetch()
+        if step is None:
             return None
+        await_file(self.root / folder_name(step) / MANIFEST, VISIBLE_SECONDS)
         checkpoint = read_manifest(self.root / folder_name(step))
         problem = checkpoint.problem(self.topology.rank, self.topology.world_size) if self.config.verify else None
         if self._any(problem is not None):
@@ -70,38 +77,80 @@ class CheckpointStore:
             raise UserError(f"{said}: the checkpoint of step {step} is damaged; remove {checkpoint.folder} to use the one before")
         return checkpoint
 
+    def _fetch(self) -> int | None:
+        """Brings the remote folder's newest checkpoint here, each process a part of its files; returns its step, or None."""
+        if self.remote is None:
+            return None
+        steps = self.remote.steps() if self.topology.rank == 0 else []
+        step = self._agree(steps[-1] if steps else None)
+        if step is None:
+            return None
+        manifest = self.remote.manifest(step)
+        temporary = self.root / f".tmp-{folder_name(step)}"
+        temporary.mkdir(parents=True, exist_ok=True)
+        records = [FileRecord.from_dict(record) for record in manifest["files"]]
+        self.remote.get(step, records[self.topology.rank :: self.topology.world_size], temporary)
+        self._any(False)
+        if self.topology.rank == 0:
+            write_json(temporary / MANIFEST, manifest)
+            publish(temporary, self.root, step)
+            log.info("fetched the checkpoint of step %d from %s", step, self.remote.url)
+        return self._agree(step)
+
     # -- saving
 
     def save(self, engine: Engine, step: int, meta: dict[str, Any]) -> None:
-        """Saves ``engine``'s state and ``meta``. With ``async_save`` returns once the state is copied; an error shows at the next call."""
-        self.wait()
+        """Saves ``engine``'s state and ``meta``. With ``async_save`` returns once the state is copied.
+
+        Raises SaveError on every process when the save before it failed on one, or when this one cannot begin.
+        """
+        error = self._finish()
         temporary = self.root / f".tmp-{folder_name(step)}"
-        if self.topology.rank == 0:
-            for leftover in self.root.glob(".tmp-step-*"):
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
-        self._any(False)  # the folder is there before anybody writes into it
-        segments = [staged(segment, pin=True) for segment in engine.state()]
+        if self.topology.rank == 0 and error is None:
+            error = self._clear(temporary)
+        # Also a barrier: leftovers are gone before anybody writes.
+        if self._any(error is not None):
+            raise _save_error(error)
+        temporary.mkdir(parents=True, exist_ok=True)
+        segments = [self._buffers.stage(segment) for segment in engine.state()]
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         arguments = (temporary, segments, step, {"engine": engine.name, "world_size": self.topology.world_size, "meta": meta})
-        if self.config.async_save:
-            self._thread = threading.Thread(target=self._guarded, args=arguments, name="checkpoint", daemon=False)
-            self._thread.start()
-        else:
-            self._guarded(*arguments)
+        # A daemon, so that a process that fails is not held by a save whose peers are gone; `wait` is what normally ends it.
+        self._thread = threading.Thread(target=self._guarded, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.config.async_save:
             self.wait()
+            self._any(False)
 
-    def wait(self) -> None:
-        """Returns when the save under way is complete. Raises SaveError on every process if it failed on one."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Returns when this process's part of the save under way is done (rank 0's: the whole checkpoint).
+
+        Communicates with nobody, so that a process that failed may call it too; such a one should give ``seconds``, since its peers may never
+        finish. Raises SaveError if the save failed here.
+        """
+        error = self._finish(seconds)
+        if error is not None:
+            raise _save_error(error)
+
+    def _finish(self, seconds: float | None = None) -> BaseException | None:
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return SaveError(f"the save under way did not finish within {seconds:g} s")
             self._thread = None
         error, self._error = self._error, None
-        if self._any(error is not None):
-            raise SaveError(
-                f"the last checkpoint could not be saved: {error or 'another process failed'}; the one before stands"
-            ) from error
+        return error
+
+    def _clear(self, temporary: Path) -> BaseException | None:
+        """Removes what interrupted saves left and creates the folder of this one."""
+        try:
+            for leftover in self.root.glob(".tmp-step-*"):
+                shutil.rmtree(leftover)
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            return error
+        return None
 
     def _guarded(self, temporary: Path, segments: list[Segment], step: int, description: dict[str, Any]) -> None:
         try:
@@ -111,32 +160,52 @@ class CheckpointStore:
 
     def _write(self, temporary: Path, segments: list[Segment], step: int, description: dict[str, Any]) -> None:
         rank = self.topology.rank
-        record = write_segments(temporary / f"rank-{rank:05d}.safetensors", segments)
-        write_json(temporary / f"rank-{rank:05d}.json", record.to_dict())
+        path = temporary / f"rank-{rank:05d}.safetensors"
+        record = write_segments(path, segments)
+        copied = self._copy(step, path)
+        write_json(temporary / f"rank-{rank:05d}.json", {"file": record.to_dict(), "copied": copied})
         if rank != 0:
             return
-        records = [self._await_json(temporary / f"rank-{other:05d}.json") for other in range(self.topology.world_size)]
+        parts = [temporary / f"rank-{other:05d}.json" for other in range(self.topology.world_size)]
+        reports = [json.loads(await_file(part, self.config.timeout).read_text()) for part in parts]
+        for part in parts:
+            part.unlink()
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        write_json(temporary / MANIFEST, {"format": FORMAT, "step": step, "date": date, **description, "files": records})
+        files = [report["file"] for report in reports]
+        write_json(temporary / MANIFEST, {"format": FORMAT, "step": step, "date": date, **description, "files": files})
         publish(temporary, self.root, step)
         self._prune()
+        if all(report["copied"] for report in reports):
+            self._copy(step, self.root / folder_name(step) / MANIFEST)
+            self._prune_remote()
 
-    def _await_json(self, path: Path) -> dict[str, Any]:
-        deadline = time.monotonic() + self.config.timeout
-        while time.monotonic() < deadline:
-            try:
-                return json.loads(path.read_text())
-            except FileNotFoundError:
-                time.sleep(POLL_SECONDS)
-        raise SaveError(f"{path.name} did not appear within {self.config.timeout:g} s: that process could not write its part")
+    def _copy(self, step: int, path: Path) -> bool:
+        """Copies a file to the remote folder. A failure is logged only: the run has its own checkpoint, and the next save tries again."""
+        if self.remote is None:
+            return False
+        try:
+            self.remote.put(step, path)
+        except Exception as error:
+            log.warning("checkpoint of step %d: %s was not copied to %s: %s", step, path.name, self.remote.url, error)
+            return False
+        return True
+
+    def _doomed(self, steps: list[int]) -> list[int]:
+        every = self.config.keep_every
+        return [step for step in steps[: -self.config.keep_last] if every is None or step % every]
 
     def _prune(self) -> None:
-        complete = [entry for entry in list_checkpoints(self.root) if entry.complete]
-        for entry in complete[: -self.config.keep_last]:
-            if self.config.keep_every is None or entry.step % self.config.keep_every:
-                doomed = entry.folder.with_name(f".tmp-{entry.folder.name}-removed")
-                os.replace(entry.folder, doomed)  # one rename: a removal cut short never leaves half a checkpoint under its name
-                shutil.rmtree(doomed)
+        for step in self._doomed([entry.step for entry in list_checkpoints(self.root) if entry.complete]):
+            discard(self.root, step)
+
+    def _prune_remote(self) -> None:
+        if self.remote is None:
+            return
+        try:
+            for step in self._doomed(self.remote.steps()):
+                self.remote.remove(step)
+        except Exception as error:
+            log.warning("old checkpoints in %s were not removed: %s", self.remote.url, error)
 
     # -- agreement between processes
 
@@ -157,13 +226,36 @@ class CheckpointStore:
         return None if shared.item() < 0 else int(shared.item())
 
 
+def _save_error(error: BaseException | None) -> SaveError:
+    failure = SaveError(f"a checkpoint could not be saved: {error or 'another process failed'}; the one before stands")
+    failure.__cause__ = error
+    return failure
+
+
+def await_file(path: Path, seconds: float) -> Path:
+    """``path``, once it exists. Raises SaveError when it does not appear in time."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise SaveError(f"{path} did not appear within {seconds:g} s: the process that writes it failed, or the file system is slow")
+        time.sleep(POLL_SECONDS)
+    return path
+
+
+def discard(root: Path, step: int) -> None:
+    """Removes a checkpoint. One rename comes first: a removal cut short never leaves half a checkpoint under its name."""
+    doomed = root / f".tmp-{folder_name(step)}-removed"
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.replace(root / folder_name(step), doomed)
+    shutil.rmtree(doomed)
+
+
 def publish(temporary: Path, root: Path, step: int) -> None:
     """Gives a complete temporary folder its name, and points ``latest`` at it."""
     final = root / folder_name(step)
     if final.exists():  # saved before, and trained again from an earlier one: the new one counts
-        doomed = root / f".tmp-{folder_name(step)}-removed"
-        os.replace(final, doomed)
-        shutil.rmtree(doomed)
+        discard(root, step)
     sync_folder(temporary)
     os.replace(temporary, final)
     pointer = root / f".tmp-{LATEST}"

@@ -21,6 +21,9 @@ class ParallelConfig(BaseModel):
     activation_checkpointing: Literal["none", "block", "selective"] = Field(
         "none", description="recompute whole blocks, or (selective) all but the scans' and projections' outputs, in the backward pass"
     )
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="dtype in which gradients are summed over processes; bf16 halves the traffic (zero3: of weights too), not ddp"
+    )
     cpu_offload: bool = Field(False, description="fsdp2, zero2, zero3: keep parameters and optimizer state in host memory")
     zero_hpz_partition_size: int = Field(1, ge=1, description="zero3: ZeRO++ secondary shards within groups of this many processes; 1: off")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="zero1-3: keys merged over the generated DeepSpeed config")

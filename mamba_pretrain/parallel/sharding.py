@@ -18,13 +18,14 @@ def shard(model: LanguageModel, mesh: DeviceMesh, parallel: ParallelConfig, prec
 
     FSDP2 casts a whole group, so A_log, D, dt_bias and the norms (``fp32=True``) must not share one with projections. They are small: the root
     group holds them in fp32, with the embedding, and stays gathered from the first block's forward to the last one's backward. Gradients are
-    reduced in fp32.
+    summed in ``parallel.reduce_dtype``.
     """
     policies = model.parameter_policies()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     compute = torch.bfloat16 if precision.compute == "bf16" else None
+    reduce = torch.bfloat16 if parallel.reduce_dtype == "bf16" else torch.float32
     offload: OffloadPolicy = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
-    low = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    low = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in model.blocks():
         group = [module for module in block.modules() if _may_be_low(module, names, policies)]

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data_tools.errors import UserError
-from mamba_pretrain.checkpoint.portable import Reader, Segment, check_shapes, pieces
-from mamba_pretrain.data.batch import Batch
+from mamba_pretrain.checkpoint.portable import Reader, Segment, check_moments, check_shapes, pieces
 from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.optim.build import Build, set_learning_rate
 from mamba_pretrain.parallel.engine import Engine, SkipIf, StepResult
 from mamba_pretrain.parallel.recompute import recompute
 from mamba_pretrain.parallel.sharding import local_part, shard, writes_copy
+
+if TYPE_CHECKING:
+    from mamba_pretrain.data.batch import Batch
 
 
 class TorchEngine(Engine):
@@ -65,8 +68,11 @@ class TorchEngine(Engine):
         """See ``Engine.loss``."""
         if self._sharded:
             root = cast(Any, self.model)
+            # Until the step's last micro-batch nothing is reduced, and what is gathered from forward to backward stays so in between.
             root.set_requires_gradient_sync(last)
             root.set_is_last_backward(last)
+            root.set_reshard_after_backward(last or self.parallel.reshard_after_forward)
+            root.set_reshard_after_backward(last, recurse=False)
         elif isinstance(self._forward, DistributedDataParallel):
             self._forward.require_backward_grad_sync = last
         tokens, boundaries, labels = self.inputs(batch)
@@ -80,15 +86,15 @@ class TorchEngine(Engine):
     def step(self, lr: float, max_norm: float, skip_if: SkipIf | None = None) -> StepResult:
         """See ``Engine.step``."""
         parameters = [p for _, p in self._named]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-        total = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        skipped = skip_if is not None and skip_if(total)
+        partial = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        norm = partial.full_tensor() if isinstance(partial, DTensor) else partial
+        skipped = skip_if is not None and skip_if(norm)
         if not skipped:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(total, skipped)
+        return StepResult(norm, skipped)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
@@ -100,9 +106,10 @@ class TorchEngine(Engine):
         return loss
 
     def _reshard(self) -> None:
-        """Without a backward pass the root group would stay gathered, and its names would show the copies."""
-        if self._sharded:
-            cast(Any, self.model).reshard()
+        """Without a backward pass groups may stay gathered: names would show the copies, and a later load would not reach these."""
+        for module in self.model.modules() if self._sharded else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     # -- state
 
@@ -123,25 +130,26 @@ class TorchEngine(Engine):
 
     def load(self, reader: Reader, weights_only: bool = False) -> None:
         """See ``Engine.load``."""
-        check_shapes(reader, self.model.parameter_shapes, str(getattr(reader, "source", "the folder")))
+        check_shapes(reader, self.model.parameter_shapes)
         self._reshard()
-        moments: dict[str, list[str]] = {}
-        for name in reader.shapes():
-            if name.startswith("optim."):
-                parameter, _, moment = name.removeprefix("optim.").rpartition(".")
-                moments.setdefault(parameter, []).append(moment)
+        if not weights_only:
+            self._create_moments()
+            if check_moments(reader, {name: self.optimizer.state[parameter].keys() for name, parameter in self._named}):
+                for name, parameter in self._named:
+                    for moment, value in self.optimizer.state[parameter].items():
+                        _fill(reader, f"optim.{name}.{moment}", value)
+            else:
+                self.optimizer.state.clear()
         for name, parameter in self._named:
             _fill(reader, f"model.{name}", parameter)
-            if not weights_only and name in moments:
-                self.optimizer.state[parameter] = {m: self._moment(reader, name, m, parameter) for m in moments[name]}
 
-    def _moment(self, reader: Reader, name: str, moment: str, parameter: nn.Parameter) -> Tensor:
-        full = f"optim.{name}.{moment}"
-        if reader.shapes()[full] != tuple(parameter.shape):  # a counter, the same on every rank
-            return reader.read(full, 0, 1).reshape(reader.shapes()[full]).to(parameter.device)
-        value = torch.empty_like(parameter, requires_grad=False)
-        _fill(reader, full, value)
-        return value
+    def _create_moments(self) -> None:
+        """Lets the optimizer create its state in its own way: it does so in a first step, here one of size zero on gradients of zero."""
+        for _, parameter in self._named:
+            parameter.grad = torch.zeros_like(parameter)
+        set_learning_rate(self.optimizer, 0.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """See ``Engine.full_state_dict``."""

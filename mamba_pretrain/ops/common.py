@@ -30,13 +30,13 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager:
 
 
 # Elements that a chain of elementwise steps works on at once: on a CPU such a block stays in the cache from step to step.
-_ROW_BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
+ROW_BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 
 def row_blocks(shape: tuple[int, ...], device: torch.device) -> Iterator[slice]:
     """Slices of the first of ``shape``'s dimensions that cut a tensor of that shape into blocks of a good size."""
     per_row = max(1, torch.Size(shape[1:]).numel())
-    rows = max(1, _ROW_BLOCK_ELEMENTS.get(device.type, _ROW_BLOCK_ELEMENTS["cpu"]) // per_row)
+    rows = max(1, ROW_BLOCK_ELEMENTS.get(device.type, ROW_BLOCK_ELEMENTS["cpu"]) // per_row)
     return (slice(i, min(i + rows, shape[0])) for i in range(0, shape[0], rows))
 
 

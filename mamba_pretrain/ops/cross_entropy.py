@@ -15,7 +15,7 @@ from mamba_pretrain.ops.common import without_autocast
 
 # Elements of a chunk's logits. On a CPU a cache-sized chunk is fastest; a GPU wants few large matmuls (about 8 bytes an element at the peak).
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
-_MIN_ROWS = 64
+MIN_ROWS = 64
 
 
 def linear_cross_entropy(
@@ -50,7 +50,7 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     """Equal slices of the tokens, as few as the budget allows."""
     tokens = hidden.shape[0]
     budget = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
-    n = -(-tokens // max(_MIN_ROWS, budget // weight.shape[0]))
+    n = -(-tokens // max(MIN_ROWS, budget // weight.shape[0]))
     rows = -(-tokens // max(1, n))
     return [slice(i, min(i + rows, tokens)) for i in range(0, tokens, max(1, rows))]
 

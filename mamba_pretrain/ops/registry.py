@@ -22,7 +22,8 @@ from mamba_pretrain.ops.config import OpsConfig
 
 log = logging.getLogger(__name__)
 
-# Modules that register implementations when imported; each is importable on any machine and loads its libraries only when called.
+# Modules that register implementations (flops: their FLOP formulas) when imported; each is importable on any machine and loads its libraries
+# only when called.
 PROVIDERS = (
     "selective_scan",
     "ssd_scan",
@@ -31,6 +32,7 @@ PROVIDERS = (
     "cross_entropy",
     "official",
     "triton_norm",
+    "flops",
 )
 
 

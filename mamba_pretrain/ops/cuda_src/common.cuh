@@ -1,0 +1,240 @@
+// Helpers shared by the kernels: storage types, fast math, asynchronous copies. Compiled by NVRTC: no host headers.
+//
+// Every kernel is specialised at compile time by macros (see ops/cuda_scan.py):
+//   SCALAR_TYPE 0 fp32, 1 bf16, 2 fp16: how activations are stored; arithmetic is fp32 everywhere
+//   VECTOR_IO   1 if every activation row begins on 16 bytes and holds whole 16-byte chunks
+#pragma once
+
+#define DEVICE __device__ __forceinline__
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+constexpr unsigned FULL_WARP = 0xffffffffu;
+
+#if SCALAR_TYPE == 0
+using scalar_t = float;
+#else
+using scalar_t = unsigned short;
+#endif
+
+// -- storage types ------------------------------------------------------------------------------------------------------
+
+// The two 16-bit numbers in a word, the one at the lower address first.
+DEVICE void unpack(unsigned word, float& first, float& second) {
+#if SCALAR_TYPE == 1
+    first = __uint_as_float(word << 16);
+    second = __uint_as_float(word & 0xffff0000u);
+#else
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(first), "=f"(second) : "r"(word));
+#endif
+}
+
+DEVICE unsigned pack(float first, float second) {
+    unsigned word;
+#if SCALAR_TYPE == 1
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#endif
+    return word;
+}
+
+DEVICE float to_float(scalar_t x) {
+#if SCALAR_TYPE == 0
+    return x;
+#else
+    float first, second;
+    unpack(x, first, second);
+    return first;
+#endif
+}
+
+DEVICE scalar_t from_float(float x) {
+#if SCALAR_TYPE == 0
+    return x;
+#else
+    return static_cast<scalar_t>(pack(x, 0.f));
+#endif
+}
+
+// K consecutive floats, as wide as their alignment (K * 4 bytes, at most 16) allows.
+template <int K>
+DEVICE void load(const float* p, float (&v)[K]) {
+    static_assert(K <= 2 || K % 4 == 0, "1, 2 or a multiple of 4");
+    if constexpr (K == 1) {
+        v[0] = *p;
+    } else if constexpr (K == 2) {
+        const float2 q = *reinterpret_cast<const float2*>(p);
+        v[0] = q.x, v[1] = q.y;
+    } else {
+#pragma unroll
+        for (int i = 0; i < K; i += 4) {
+            const float4 q = *reinterpret_cast<const float4*>(p + i);
+            v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
+        }
+    }
+}
+
+template <int K>
+DEVICE void store(float* p, const float (&v)[K]) {
+    if constexpr (K == 1) {
+        *p = v[0];
+    } else if constexpr (K == 2) {
+        *reinterpret_cast<float2*>(p) = make_float2(v[0], v[1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < K; i += 4) *reinterpret_cast<float4*>(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+    }
+}
+
+#if SCALAR_TYPE != 0
+template <int K>
+DEVICE void load(const scalar_t* p, float (&v)[K]) {
+    if constexpr (K == 1) {
+        v[0] = to_float(*p);
+    } else if constexpr (K == 2) {
+        unpack(*reinterpret_cast<const unsigned*>(p), v[0], v[1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < K; i += 4) {
+            const uint2 q = *reinterpret_cast<const uint2*>(p + i);
+            unpack(q.x, v[i], v[i + 1]);
+            unpack(q.y, v[i + 2], v[i + 3]);
+        }
+    }
+}
+
+template <int K>
+DEVICE void store(scalar_t* p, const float (&v)[K]) {
+    if constexpr (K == 1) {
+        *p = from_float(v[0]);
+    } else if constexpr (K == 2) {
+        *reinterpret_cast<unsigned*>(p) = pack(v[0], v[1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < K; i += 4)
+            *reinterpret_cast<uint2*>(p + i) = make_uint2(pack(v[i], v[i + 1]), pack(v[i + 2], v[i + 3]));
+    }
+}
+#endif
+
+// -- math ---------------------------------------------------------------------------------------------------------------
+
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+DEVICE float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 2^x on the FMA pipe, for x <= 0: relieves the special-function unit, which gives 16 results a clock where the FMA pipe gives 128.
+// Cody-Waite with a degree 5 minimax polynomial; relative error 1.6e-7, below ex2.approx's; exactly 0 from -127 down.
+DEVICE float exp2_polynomial(float x) {
+    x = fmaxf(x, -127.f);
+    const float shifted = x + 12582912.f;  // 1.5 * 2^23: rounds to the nearest integer, which lands in the low bits
+    const float f = x - (shifted - 12582912.f);
+    float p = 1.32647273e-3f;
+    p = fmaf(p, f, 9.67151299e-3f);
+    p = fmaf(p, f, 5.55073359e-2f);
+    p = fmaf(p, f, 2.40222424e-1f);
+    p = fmaf(p, f, 6.93147004e-1f);
+    p = fmaf(p, f, 1.f);
+    return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+}
+
+DEVICE float sigmoid(float x) { return reciprocal_fast(1.f + exp2_fast(-x * LOG2E)); }
+
+// log(1 + exp(x)), linear above 20 as in torch.
+DEVICE float softplus(float x) {
+    const float e = exp2_fast(x * LOG2E);
+#if SCALAR_TYPE == 0
+    const float y = log1pf(e);
+#else
+    const float series = e * fmaf(-e, fmaf(-e, 0.33333333f, 0.5f), 1.f);
+    const float y = e < 0.01f ? series : log2_fast(1.f + e) * LN2;
+#endif
+    return x > 20.f ? x : y;
+}
+
+// Derivative of softplus at the x whose softplus is y: sigmoid(x) = 1 - exp(-y), without cancellation for small y.
+DEVICE float softplus_slope(float y) {
+    const float series = y * fmaf(-y, fmaf(-y, fmaf(-y, 0.041666667f, 0.16666667f), 0.5f), 1.f);
+    return y < 0.08f ? series : 1.f - exp2_fast(-y * LOG2E);
+}
+
+// -- asynchronous copies from global to shared memory -------------------------------------------------------------------
+
+DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+// Copies 16 bytes, or writes zeros and reads nothing.
+DEVICE void copy16_async(void* shared, const void* global, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(inside ? 16 : 0) : "memory");
+}
+
+DEVICE void copy4_async(void* shared, const void* global, bool inside) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(inside ? 4 : 0) : "memory");
+}
+
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// Brings a tile of ROWS x COLS activations into shared memory (PITCH elements a row), zeros outside the first `rows` and `cols`.
+// VECTOR: rows are whole, aligned 16-byte chunks and arrive asynchronously.
+template <bool VECTOR, int ROWS, int COLS, int PITCH, int THREADS>
+DEVICE void copy_tile(scalar_t* tile, const scalar_t* global, long long row_stride, int rows, int cols, int thread) {
+    constexpr int CHUNK = VECTOR ? 16 / sizeof(scalar_t) : 1, A_ROW = COLS / CHUNK;
+#pragma unroll
+    for (int v = thread; v < ROWS * A_ROW; v += THREADS) {
+        const int row = v / A_ROW, col = v % A_ROW * CHUNK;
+        const bool inside = row < rows && col < cols;
+        const scalar_t* source = inside ? global + row * row_stride + col : global;
+        if constexpr (VECTOR) {
+            copy16_async(tile + row * PITCH + col, source, inside);
+        } else {
+            tile[row * PITCH + col] = inside ? *source : scalar_t(0);
+        }
+    }
+}
+
+// -- sums over the four lanes of a quad, on the tensor cores --------------------------------------------------------------
+
+DEVICE void mma_tf32(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Sums each of four values over the quad (lanes 4q .. 4q+3); the sums go to `sum` of the quad's lane number `receiver`, all other
+// lanes keep theirs. Four calls, one a receiver, transpose and reduce 16 values with four matrix instructions and no shuffle:
+// the values are the matrix A (row = quad, k = lane in quad), B has ones in the two columns that the receiver holds of the result.
+// Values are rounded to tf32 (11 bits) for 16-bit outputs; for fp32 their remainder is added too.
+DEVICE void quad_sum(float (&sum)[4], const float (&v)[4], int receiver) {
+    const int quad = (threadIdx.x & 31) >> 2;
+    const unsigned one = __float_as_uint(1.f);
+    const unsigned b0 = quad == 2 * receiver ? one : 0u, b1 = quad == 2 * receiver + 1 ? one : 0u;
+    unsigned a[4];
+#if SCALAR_TYPE == 1
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = __float_as_uint(v[i]) + 0x1000u;  // to nearest: the hardware drops the low 13 bits
+#else
+    unsigned rest[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        a[i] = __float_as_uint(v[i]) & 0xffffe000u;
+        rest[i] = __float_as_uint(v[i] - __uint_as_float(a[i]));
+    }
+    mma_tf32(sum, rest[0], rest[2], rest[1], rest[3], b0, b1);
+#endif
+    mma_tf32(sum, a[0], a[2], a[1], a[3], b0, b1);
+}

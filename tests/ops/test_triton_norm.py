@@ -1,0 +1,80 @@
+"""The Triton norms against the reference: under Triton's interpreter on a CPU, and compiled on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mamba_pretrain.ops import registry
+from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def outputs_and_gradients(op: str, name: str, call, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs, and gradients by all inputs, through one implementation."""
+    torch.manual_seed(1)
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    with registry.using(**{op: name}):
+        found = call(*leaves)
+    found = found if isinstance(found, tuple) else (found,)
+    gradients = torch.autograd.grad(found, leaves, [torch.randn(t.shape).to(t.device, t.dtype) for t in found])
+    return [*found, *gradients]
+
+
+def check(op: str, call, inputs: list[torch.Tensor]) -> None:
+    found, expected = (outputs_and_gradients(op, name, call, inputs) for name in ("triton", "reference"))
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        tolerance = 1e-5 if a.dtype == torch.float32 and inputs[0].dtype == torch.float32 else 1.6e-2
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+def check_all(device: str, sizes: tuple[int, ...]) -> None:
+    """Both norms over dtypes, sizes, with and without residual, strided inputs and groups."""
+    for dtype, n in itertools.product(DTYPES, sizes):
+        torch.manual_seed(0)
+        x, weight, residual = torch.randn(2, 5, n).to(device, dtype), torch.randn(n).to(device), torch.randn(2, 5, n).to(device)
+        check("rms_norm", lambda x, w: rms_norm(x, w, 1e-5), [x, weight])
+        check("rms_norm", lambda x, w, r: rms_norm(x, w, 1e-5, residual=r), [x, weight, residual])
+        both = torch.randn(2, 5, 4 * n).to(device, dtype)
+        check("gated_rms_norm", lambda t, w, n=n: gated_rms_norm(t[..., :n], t[..., 2 * n : 3 * n], w, 1e-5), [both, weight])
+        groups = torch.randn(2, 5, 6 * n).to(device, dtype)
+        weight = torch.randn(3 * n).to(device)
+        check("gated_rms_norm", lambda t, w, n=n: gated_rms_norm(t[..., : 3 * n], t[..., 3 * n :], w, 1e-5, n), [groups, weight])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess that test_interpreted_on_cpu starts, with TRITON_INTERPRET=1")
+def test_in_the_interpreter():
+    check_all("cpu", (24, 100))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="already in the subprocess")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_interpreted_on_cpu():
+    # The interpreter must be chosen before triton is first imported.
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "in_the_interpreter", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 passed" in result.stdout
+
+
+@pytest.mark.gpu
+def test_on_gpu():
+    check_all("cuda", (1, 24, 100, 2048, 2560))
+
+
+@pytest.mark.gpu
+def test_the_weight_gradient_is_deterministic():
+    torch.manual_seed(0)
+    x, weight = torch.randn(4096, 2560, device="cuda").bfloat16(), torch.randn(2560, device="cuda")
+    runs = [outputs_and_gradients("rms_norm", "triton", lambda x, w: rms_norm(x, w, 1e-5), [x, weight]) for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))

@@ -84,7 +84,7 @@ def test_ssd_scan_counts_the_reach_of_views(installed):
         shared = torch.empty_strided((1, length, 1, 128), (length * width, width, 128, 1), device="cuda", dtype=torch.bfloat16)
     why = official.ssd_scan_unsupported(ssd_request(length=length, batch=1, x=x, B=shared, C=shared))
     assert "x spans" in why
-    assert "states spans" in official.ssd_scan_unsupported(ssd_request(length=65_536, batch=8, heads=128, chunk_size=16, width=32))
+    assert "states spans" in official.ssd_scan_unsupported(ssd_request(length=65_536, batch=8, heads=64, chunk_size=16, width=32))
 
 
 @pytest.mark.parametrize(("channels", "taps", "reason"), [(64, 5, "2 to 4 taps"), (60, 4, "multiples of 8"), (64, 4, None)])

@@ -27,6 +27,7 @@ class Tokenizer(ABC):
     """Text to token ids and back. ``eos_id`` ends a document; ``bos_id`` may begin one; both None if the tokenizer has none."""
 
     kind: str
+    file_name: str
     vocab_size: int
     eos_id: int | None
     bos_id: int | None
@@ -61,17 +62,19 @@ class Tokenizer(ABC):
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def save(self, folder: Path) -> list[str]:
-        """Copies the files into ``folder``; returns their names."""
+        """Copies the files into ``folder`` under the names that ``load_tokenizer`` looks for; returns the names."""
         folder.mkdir(parents=True, exist_ok=True)
-        for path in self.files:
-            (folder / path.name).write_bytes(path.read_bytes())
-        return [path.name for path in self.files]
+        names = [self.file_name if path == self.path else path.name for path in self.files]
+        for path, name in zip(self.files, names, strict=True):
+            (folder / name).write_bytes(path.read_bytes())
+        return names
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece ``.model``."""
 
     kind = "sentencepiece"
+    file_name = SENTENCEPIECE_FILE
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -104,6 +107,7 @@ class HFTokenizer(Tokenizer):
     """A Hugging Face ``tokenizer.json``."""
 
     kind = "tokenizers"
+    file_name = HF_FILE
 
     def __init__(self, path: Path) -> None:
         import tokenizers

@@ -62,7 +62,7 @@ def split_shards(documents: list[np.ndarray], sizes: Sequence[int]) -> list[list
 
 
 def stream_of(folder: Path, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """All tokens of a split and the number of the document of each, read the slow and simple way."""
+    """All tokens of a split and the number of the document of each, document by document."""
     tokens, owner, document = [], [], 0
     for shard in Manifest.load(folder).splits[split].shards:
         index = IndexedDataset(folder / shard.path)
@@ -73,19 +73,24 @@ def stream_of(folder: Path, split: str = "train") -> tuple[np.ndarray, np.ndarra
     return np.concatenate(tokens), np.concatenate(owner)
 
 
-@pytest.fixture
-def make_dataset(tmp_path) -> Callable[..., Path]:
-    """Writes a dataset of documents with the given lengths into a new folder: ``make_dataset(lengths, shards=[...], name=...)``."""
+@pytest.fixture(scope="session")
+def make_dataset(tmp_path_factory) -> Callable[..., Path]:
+    """Writes a dataset of random documents of the given lengths into a new folder.
 
-    def make(lengths: Sequence[int], shards: Sequence[int] = (), name: str = "data", seed: int = 0, validation: Sequence[int] = (), **kwargs) -> Path:
+    ``make_dataset(lengths, shards=[documents in the first shard, ...], validation=lengths, name=..., seed=..., **write_dataset's)``
+    """
+
+    def make(
+        lengths: Sequence[int], shards: Sequence[int] = (), validation: Sequence[int] = (), name: str = "data", seed: int = 0, **settings
+    ) -> Path:
         train = split_shards(random_documents(lengths, seed), shards)
         held_out = [random_documents(validation, seed + 1)] if validation else []
-        return write_dataset(tmp_path / name, train, held_out, **kwargs)
+        return write_dataset(tmp_path_factory.mktemp("dataset") / name, train, held_out, **settings)
 
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def read_stream() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    """``stream_of``, for tests in other files."""
+    """(tokens, document of each token) of a split, read the slow and simple way: ``read_stream(folder, split)``."""
     return stream_of

@@ -36,6 +36,8 @@ def common(data: Path, steps: int, batch: int) -> list[str]:
     """Overrides shared by all runs here."""
     overrides = [f"data.sources=[{{path: {data}}}]", f"train.steps={steps}", "train.tokens=null", "monitor.log_every=1"]
     overrides += ["monitor.wandb.mode=disabled", "checkpoint.every_steps=null", "evaluation.every_steps=null", "evaluation.at_end=true"]
+    vocabulary = json.loads((data / "manifest.json").read_text())["tokenizer"]["vocab_size"]
+    overrides.append(f"model.vocab_size={vocabulary}")
     return [*overrides, f"train.global_batch_size={batch}", "train.global_batch_tokens=null", "evaluation.max_samples=64"]
 
 
@@ -43,7 +45,7 @@ def loss_curves(data: Path, steps: int, scratch: Path) -> dict[str, Any]:
     """300 steps of each model with the fused kernels: curves and speed."""
     found: dict[str, Any] = {}
     for name, config in MODELS.items():
-        overrides = [*common(data, steps, 32), "train.micro_batch_size=32", "optim.lr=1.5e-3"]
+        overrides = [*common(data, steps, 32), "train.micro_batch_size=16", "optim.lr=1.5e-3"]
         rows = train(config, scratch / name, overrides)
         steady = [row for row in rows if row["kind"] == "train"]
         tail = steady[len(steady) // 5 :]

@@ -75,6 +75,7 @@ class Training:
         self.store = CheckpointStore(folder / "checkpoints", config.checkpoint, topology)
         model = build_model(config)
         self.engine = build_engine(config.parallel, config.precision, topology)
+        self.engine.isolate_documents = config.data.isolate_documents
         self.engine.prepare(model, optimizer_builder(config.optim, model.parameter_policies()), config.seed)
         self.run = Run(
             folder=folder,

@@ -42,6 +42,10 @@ class DataConfig(BaseModel):
         description="concat: documents one after another, cut every sequence_length tokens. best-fit: documents stay whole where they fit, and "
         "what remains free is padding. Documents never see each other in either",
     )
+    isolate_documents: bool = Field(
+        True,
+        description="keep state, convolution and attention inside documents; false lets them run on, as mamba_ssm's own Mamba-1 kernels require",
+    )
     mask_cross_document: bool = Field(
         True, description="leave the target that would cross from one document into the next out of the loss (always so in best-fit)"
     )

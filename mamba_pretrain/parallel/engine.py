@@ -40,6 +40,7 @@ class Engine(ABC):
         self.precision = precision
         self.topology = topology
         self.name = strategy_of(parallel, topology)
+        self.isolate_documents = True
 
     @abstractmethod
     def prepare(self, model: LanguageModel, build_optimizer: Build, seed: int) -> None:
@@ -79,13 +80,13 @@ class Engine(ABC):
             return nullcontext()
         return torch.autocast(self.topology.device.type, dtype=torch.bfloat16)
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, Boundaries, Tensor]:
-        """Tokens, boundaries and labels on the device; copies from pinned memory do not block."""
+    def inputs(self, batch: Batch) -> tuple[Tensor, Boundaries | None, Tensor]:
+        """Tokens, boundaries (None if documents are not isolated) and labels on the device; copies from pinned memory do not block."""
         device = self.topology.device
         tokens, labels, seq_idx, positions = (
             t.to(device, non_blocking=True) for t in (batch.tokens, batch.labels, batch.seq_idx, batch.positions)
         )
-        return tokens, Boundaries(seq_idx, positions), labels
+        return tokens, Boundaries(seq_idx, positions) if self.isolate_documents else None, labels
 
 
 def build_engine(parallel: ParallelConfig, precision: PrecisionConfig, topology: Topology) -> Engine:

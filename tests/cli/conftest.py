@@ -15,7 +15,7 @@ CONFIG = """
 name: tiny
 run_dir: {run_dir}
 seed: 3
-model: {{mixer: mamba1, vocab_size: 300, d_model: 32, n_layer: 2, d_state: 8}}
+model: {{mixer: mamba1, vocab_size: 512, d_model: 32, n_layer: 2, d_state: 8}}
 data: {{sources: [{{path: {data}}}], sequence_length: 64}}
 optim: {{lr: 3.0e-3, schedule: {{warmup_fraction: 0.1}}}}
 train: {{steps: 40, global_batch_size: 4, micro_batch_size: 1}}
@@ -89,7 +89,7 @@ def workspace(tmp_path_factory, cli) -> Workspace:
     repository = Path(__file__).parents[2]
     text = [repository, "--include", "mamba_pretrain/**/*.py", "--include", "docs/*.md"]
     for arguments in (
-        ["train-tokenizer", *text, "--output", root / "tokenizer", "--vocab-size", "300"],
+        ["train-tokenizer", *text, "--output", root / "tokenizer", "--vocab-size", "512"],
         ["tokenize", *text, "--tokenizer", root / "tokenizer", "--output", root / "data", "--validation-fraction", "0.1"],
     ):
         result = cli(*arguments, module="data_tools")

@@ -26,7 +26,7 @@ CONFIG_MISTAKES = {
     "not an override": (["train.steps"], ["key.path=value"]),
     "batch not divisible": (["train.micro_batch_size=3"], ["not divisible", "global_batch_size=3"]),
     "sequence longer than the data": (["data.sequence_length=100000000"], ["sequence_length"]),
-    "vocabulary smaller than the ids": (["model.vocab_size=200"], ["vocab", "300"]),
+    "vocabulary smaller than the ids": (["model.vocab_size=200"], ["vocab", "512"]),
     "no checkpoint to resume": (["train.resume=require", "run_dir={root}/none"], ["no complete checkpoint"]),
     "missing dataset": (["data.sources.0.path=/nowhere"], ["/nowhere", "mamba-data tokenize"]),
     "two lengths": (["train.tokens=5"], ["exactly one of steps and tokens"]),
@@ -93,7 +93,7 @@ def test_tokenizers_of_two_sources_must_agree(workspace, cli):
     (workspace.root / "more.txt").write_text("other text, other tokenizer\n" * 500)
     other = workspace.root / "other"
     for arguments in (
-        ["train-tokenizer", workspace.root / "more.txt", "--output", other / "tokenizer", "--vocab-size", "280"],
+        ["train-tokenizer", workspace.root / "more.txt", "--output", other / "tokenizer", "--vocab-size", "400"],
         ["tokenize", workspace.root / "more.txt", "--tokenizer", other / "tokenizer", "--output", other / "data"],
     ):
         result = cli(*arguments, module="data_tools")

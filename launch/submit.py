@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_tools.errors import UserError
@@ -56,20 +56,27 @@ def send(prepared: Prepared, cluster: ClusterConfig) -> list[str]:
     return submit(Slurm(cluster.slurm_conf), prepared.place.script, prepared.run_dirs, chain)
 
 
-def prepare_data(
-    name: str, folder: Path, tokenize: list[str], merge: list[str], tasks: int, cluster: ClusterConfig, project_dir: Path
-) -> list[Path]:
-    """Writes ``tokenize.sbatch`` (an array over the shards) and ``merge.sbatch`` into ``folder/launch``; returns both."""
-    if tasks < 1:
-        raise UserError(f"--tasks {tasks} is not a positive number")
-    place = JobPlace(name, folder.absolute(), project_dir.absolute())
-    for part in ("launch", "logs"):
-        (place.run_dir / part).mkdir(parents=True, exist_ok=True)
-    share = f'{shlex.join(tokenize)} --task-index "$SLURM_ARRAY_TASK_ID" --task-count {tasks}'
+def prepare_data(name: str, output: Path, tokenize: list[str], tasks: int, cluster: ClusterConfig, project_dir: Path) -> list[Path]:
+    """Writes ``tokenize.sbatch`` (an array; task i writes part i) and ``merge.sbatch`` into ``OUTPUT.parts/launch``; returns both.
+
+    ``tokenize`` is the command without its output; it is told ``--task-index`` and ``--task-count``.
+    """
+    if tasks < 2:
+        raise UserError(f"--tasks {tasks} makes no array; run mamba-data tokenize itself, or give 2 or more")
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output} already holds files; choose another --output, or remove it")
+    output = output.absolute()
+    parts = output.with_name(f"{output.name}.parts")
+    for folder in ("launch", "logs"):
+        (parts / folder).mkdir(parents=True, exist_ok=True)
+    place = JobPlace(name, parts, project_dir.absolute())
+    index = '"$SLURM_ARRAY_TASK_ID"'
+    share = f"{shlex.join(tokenize)} --output {shlex.quote(str(parts))}/{index} --task-index {index} --task-count {tasks}"
+    merge = shlex.join(["mamba-data", "merge", *(str(parts / str(task)) for task in range(tasks)), "--output", str(output)])
     scripts = []
-    for kind, command, size in (("tokenize", share if tasks > 1 else shlex.join(tokenize), tasks), ("merge", shlex.join(merge), 1)):
-        script = place.run_dir / "launch" / f"{kind}.sbatch"
-        script.write_text(render_data(cluster, JobPlace(f"{name}-{kind}", place.run_dir, place.project_dir), command, size))
+    for kind, command, size in (("tokenize", share, tasks), ("merge", merge, 1)):
+        script = parts / "launch" / f"{kind}.sbatch"
+        script.write_text(render_data(cluster, replace(place, name=f"{name}-{kind}"), command, size))
         scripts.append(script)
     return scripts
 

@@ -79,26 +79,25 @@ def _checked(config: Path, overrides: list[str], cluster: ClusterConfig) -> Any:
 def submit_data(
     arguments: list[str] = typer.Argument(help="Arguments of mamba-data tokenize, after --", metavar="-- TOKENIZE_ARGUMENTS..."),
     cluster: Path = CLUSTER,
-    output: Path = typer.Option(..., "--output", help="Dataset folder that tokenize writes (also passed to it)"),
-    tasks: int = typer.Option(8, help="Tasks of the array, each with its share of the shards"),
+    output: Path = typer.Option(..., "--output", help="Dataset folder to write; the tasks' parts go to OUTPUT.parts"),
+    tasks: int = typer.Option(8, help="Tasks of the array, each with its share of the input"),
     dry_run: bool = DRY_RUN,
 ) -> None:
-    """Tokenize as a job array, then merge the tasks' manifests.
+    """Tokenize as a job array, then merge the parts into one dataset.
 
-    Example: `mamba-pretrain submit-data --cluster C --output data/web --tasks 32 -- --input 'raw/*.jsonl.zst' --tokenizer tok/`.
+    Example: `mamba-pretrain submit-data --cluster C --output data/web --tasks 32 -- 'raw/*.jsonl.zst' --tokenizer tokenizer`.
     """
     from launch.config import load_cluster
     from launch.jobs import Slurm
     from launch.submit import prepare_data, send_data
 
     profile = load_cluster(cluster)
-    tokenize = ["mamba-data", "tokenize", *arguments, "--output", str(output)]
-    scripts = prepare_data(f"data-{output.name}", output, tokenize, ["mamba-data", "merge", str(output)], tasks, profile, Path.cwd())
+    scripts = prepare_data(f"data-{output.name}", output, ["mamba-data", "tokenize", *arguments], tasks, profile, Path.cwd())
     if dry_run:
         typer.echo("\n".join(script.read_text() for script in scripts))
         return
     jobs = send_data(scripts, Slurm(profile.slurm_conf))
-    typer.echo(f"submitted array {jobs[0]} of {tasks} tasks, and job {jobs[1]} that merges them; logs in {output / 'logs'}")
+    typer.echo(f"submitted array {jobs[0]} of {tasks} tasks, and job {jobs[1]} that merges them; logs in {output}.parts/logs")
 
 
 def status(run: Path = RUN) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -85,15 +88,23 @@ def test_requeueing_one_task_of_a_sweep_leaves_the_others_alone(profile: dict[st
 
 
 def test_data_jobs_share_the_work_and_merge_after_it(profile: dict[str, Any], tmp_path: Path, eventually: Callable) -> None:
-    config = ClusterConfig.model_validate(profile)
-    folder = tmp_path / "data"
-    tokenize = ["bash", "-c", f'echo "$*" >{folder}/part-$SLURM_ARRAY_TASK_ID', "tokenize"]
-    merge = ["bash", "-c", f"cat {folder}/part-* >{folder}/merged"]
-    scripts = prepare_data("web", folder, tokenize, merge, 3, config, Path.cwd())
+    text = tmp_path / "text"
+    text.mkdir()
+    for index in range(6):
+        (text / f"{index}.txt").write_text(f"document {index} " * 200)
+    commands = Path(sys.executable).parent
+    tokenizer = ["train-tokenizer", str(text), "--output", str(tmp_path / "tokenizer"), "--vocab-size", "300"]
+    subprocess.run([commands / "mamba-data", *tokenizer], check=True, capture_output=True)
+    setup = [f"export PATH={commands}:$PATH"]
+    config = ClusterConfig.model_validate({**profile, "environment": {"setup": setup}})
+    tokenize = ["mamba-data", "tokenize", str(text), "--tokenizer", str(tmp_path / "tokenizer"), "--workers", "1"]
+    scripts = prepare_data("web", tmp_path / "web", tokenize, 3, config, Path.cwd())
     send_data(scripts, Slurm(config.slurm_conf))
-    eventually((folder / "merged").exists)
-    eventually(lambda: len((folder / "merged").read_text().splitlines()) == 3)
-    assert (folder / "merged").read_text().splitlines() == [f"--task-index {index} --task-count 3" for index in range(3)]
+    eventually((tmp_path / "web" / "manifest.json").exists, 60)
+    manifest = json.loads((tmp_path / "web" / "manifest.json").read_text())
+    assert sum(shard["documents"] for shard in manifest["splits"]["train"]["shards"]) == 6
+    with pytest.raises(UserError, match="already holds files"):
+        prepare_data("web", tmp_path / "web", tokenize, 3, config, Path.cwd())
 
 
 def test_sweep_files(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "watch": ("mamba_pretrain.cli.inspect", "watch", "Look"),
     "report": ("mamba_pretrain.cli.inspect", "report", "Look"),
     "submit": ("mamba_pretrain.cli.launch", "submit", "Cluster"),
+    "submit-data": ("mamba_pretrain.cli.launch", "submit_data", "Cluster"),
     "status": ("mamba_pretrain.cli.launch", "status", "Cluster"),
     "logs": ("mamba_pretrain.cli.launch", "logs", "Cluster"),
     "cancel": ("mamba_pretrain.cli.launch", "cancel", "Cluster"),

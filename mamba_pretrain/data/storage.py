@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,9 +111,14 @@ class DatasetFolder:
 
     def open(self, shards: Sequence[str], ahead: int) -> tuple[list[IndexedDataset], Storage]:
         """Indices and tokens of shards, named as in the manifest. Raises UserError for a missing or truncated file."""
-        if self._filesystem is None:
-            indices = [IndexedDataset(self.local / shard) for shard in shards]
-            return indices, LocalStorage([index.bin_path for index in indices], ahead)
+        with _many_open_files(2 * len(shards), self.path):
+            return self._open_local(shards, ahead) if self._filesystem is None else self._open_remote(shards)
+
+    def _open_local(self, shards: Sequence[str], ahead: int) -> tuple[list[IndexedDataset], Storage]:
+        indices = [IndexedDataset(self.local / shard) for shard in shards]
+        return indices, LocalStorage([index.bin_path for index in indices], ahead)
+
+    def _open_remote(self, shards: Sequence[str]) -> tuple[list[IndexedDataset], Storage]:
         indices = []
         for shard in shards:
             prefix = self._fetch(f"{shard}.idx").with_suffix("")
@@ -143,3 +151,21 @@ class DatasetFolder:
             return self._filesystem.info(f"{self._root}/{name}")
         except FileNotFoundError as error:
             raise UserError(f"{self.path}/{name} does not exist; upload the whole dataset folder of `mamba-data tokenize`") from error
+
+
+@contextmanager
+def _many_open_files(count: int, place: str) -> Iterator[None]:
+    """Raises this process's limit of open files by ``count`` as far as the system allows; UserError if that does not suffice."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + len(os.listdir("/dev/fd")) + 256
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise UserError(
+            f"{place} has {count // 2} shards, more files than this system lets a process open; raise the hard limit (`ulimit -Hn`) or tokenize "
+            "into fewer shards"
+        ) from error

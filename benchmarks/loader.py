@@ -1,0 +1,195 @@
+"""How fast samples of 2,049 tokens are read in random order from a cold and from a warm disk cache.
+
+    python benchmarks/loader.py [--gigabytes 4] [--folder DIR]    # writes a dataset there, measures, records, deletes it
+    python benchmarks/loader.py --check                           # measures a smaller dataset, or reads the newest record with --recorded
+
+Compared are a plain ``np.memmap`` (one page fault after another), our reader (``pread`` with read-ahead along the known order), and whole
+batches as the training loop takes them: read, widened to int64, with labels, document boundaries and positions. Cold means that the files'
+pages were dropped from the page cache before (``posix_fadvise(DONTNEED)``); what a disk or hypervisor caches below that stays.
+
+Bar: the reader's cold rate is at least 50,000 samples a second where the cold memmap gives under 10,000; on a disk whose memmap is faster or
+whose bandwidth is lower than that takes, the reader must be at least five times the memmap or reach 80% of the disk's own random-read rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import numpy as np
+from record import newest, record
+
+from data_tools.indexed import IndexedWriter
+from data_tools.manifest import Manifest, Shard, Split, TokenizerInfo
+from mamba_pretrain.data.config import DataConfig
+from mamba_pretrain.data.loader import TrainingData
+from mamba_pretrain.data.order import permute, round_keys
+from mamba_pretrain.data.packed_dataset import TokenStream
+from mamba_pretrain.data.storage import DatasetFolder
+
+LENGTH = 2048
+SHARDS = 8
+
+
+def write_dataset(folder: Path, gigabytes: float) -> None:
+    """Random tokens in documents of log-normal lengths, like web text."""
+    random = np.random.default_rng(0)
+    block = random.integers(0, 50_000, 1 << 24, dtype=np.uint16)
+    split = Split()
+    for number in range(SHARDS):
+        name = f"train/{number:05d}"
+        lengths = np.clip(random.lognormal(6.5, 1.2, int(gigabytes * 1e9 / 2 / SHARDS / 1350)).astype(np.int64), 8, 100_000)
+        with IndexedWriter(folder / name, np.uint16) as writer:
+            for part in np.array_split(lengths, max(1, int(lengths.sum() // len(block)) + 2)):
+                writer.add(block[: part.sum()], part)
+        split.shards.append(Shard(name, len(lengths), int(lengths.sum()), "uint16", "", ""))
+    Manifest(tokenizer=TokenizerInfo("none", "none", 50_000, None, None), splits={"train": split}).save(folder)
+
+
+def drop_cache(folder: Path) -> None:
+    """Drops the dataset's pages from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def rate(produce: Callable[[], Iterator[int]], seconds: float) -> float:
+    """Samples a second; ``produce`` yields how many samples each of its steps gave."""
+    count, began = 0, time.perf_counter()
+    for samples in produce():
+        count += samples
+        if time.perf_counter() - began > seconds:
+            break
+    return count / (time.perf_counter() - began)
+
+
+def order(n: int) -> Iterator[np.ndarray]:
+    """Random samples, 512 at a time."""
+    keys = round_keys("benchmark")
+    for start in range(0, n - 512, 512):
+        yield permute(np.arange(start, start + 512), n, keys)
+
+
+def memmap(folder: Path) -> Iterator[int]:
+    """The plain way."""
+    maps = [np.memmap(path, dtype=np.uint16, mode="r") for path in sorted((folder / "train").glob("*.bin"))]
+    per_shard = min(len(shard) for shard in maps) // LENGTH - 1
+    for samples in order(per_shard * len(maps)):
+        for shard, place in zip(*np.divmod(samples, per_shard), strict=True):
+            np.array(maps[shard][place * LENGTH : (place + 1) * LENGTH + 1])
+        yield len(samples)
+
+
+def raw_disk(folder: Path) -> Iterator[int]:
+    """What the disk itself can do: 64 threads that read the same samples, with nothing else."""
+    files = [os.open(path, os.O_RDONLY) for path in sorted((folder / "train").glob("*.bin"))]
+    per_shard = min(os.fstat(file).st_size for file in files) // 2 // LENGTH - 1
+    with ThreadPoolExecutor(64) as threads:
+        for samples in order(per_shard * len(files)):
+            shard, place = np.divmod(samples, per_shard)
+            list(threads.map(lambda s, p: os.pread(files[s], 2 * (LENGTH + 1), 2 * LENGTH * p), shard.tolist(), place.tolist()))
+            yield len(samples)
+    for file in files:
+        os.close(file)
+
+
+def reader(folder: Path) -> Iterator[int]:
+    """Our reader alone: tokens in the file's own width."""
+    stream = TokenStream(DatasetFolder(str(folder)), "train", ahead=64)
+    buffer = np.empty((512, LENGTH + 1), dtype=np.uint16)
+    views = [row.view(np.uint8).data for row in buffer]
+    for samples in order(stream.n_tokens // LENGTH - 1):
+        stream.read(samples * LENGTH, views)
+        yield len(samples)
+    stream.close()
+
+
+def batches(folder: Path, workers: int, packing: str = "concat") -> Iterator[int]:
+    """Whole batches, as the training loop takes them."""
+    config = DataConfig(path=str(folder), sequence_length=LENGTH, workers=workers, packing=packing)
+    data = TrainingData(config, seed=1, micro_batch_size=16)
+    try:
+        for start in range(0, 10**9, 512):
+            yield sum(len(batch.tokens) for batch in data.take(start, 512))
+    finally:
+        data.close()
+
+
+def measure(folder: Path, seconds: float) -> dict[str, Any]:
+    """Rates of all ways, cold and warm."""
+    ways: dict[str, Callable[[], Iterator[int]]] = {
+        "memmap": lambda: memmap(folder),
+        "disk": lambda: raw_disk(folder),
+        "reader": lambda: reader(folder),
+        "batches": lambda: batches(folder, 1),
+        "batches, 2 threads": lambda: batches(folder, 2),
+        "batches, best-fit": lambda: batches(folder, 1, "best-fit"),
+    }
+    found: dict[str, Any] = {}
+    for name, produce in ways.items():
+        drop_cache(folder)
+        found[name] = {"cold": rate(produce, seconds)}
+    for path in (folder / "train").iterdir():
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+    for name, produce in ways.items():
+        found[name]["warm"] = rate(produce, seconds)
+    return found
+
+
+def check(result: dict[str, Any]) -> list[str]:
+    """Prints the figures; returns what is under the bar."""
+    rates = result["samples_per_second"]
+    print(f"samples of {LENGTH + 1} tokens a second, {result['gigabytes']} GB, {result['cpus']} CPUs")
+    for name, found in rates.items():
+        print(f"  {name:20} cold {found['cold']:>10,.0f}   warm {found['warm']:>10,.0f}")
+    cold = {name: found["cold"] for name, found in rates.items()}
+    if cold["reader"] >= 50_000 or cold["reader"] >= 5 * cold["memmap"] or cold["reader"] >= 0.8 * cold["disk"]:
+        return []
+    return [f"the reader gives {cold['reader']:,.0f} samples a second cold, the memmap {cold['memmap']:,.0f}, the disk {cold['disk']:,.0f}"]
+
+
+def main() -> None:
+    """Measures, or reads a record, and checks the bar."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="a quick measurement that is not recorded")
+    parser.add_argument("--recorded", action="store_true", help="check the newest record instead of measuring")
+    parser.add_argument("--gigabytes", type=float, default=None, help="size of the dataset (4; with --check 0.5)")
+    parser.add_argument("--seconds", type=float, default=None, help="seconds for each figure (10; with --check 2)")
+    parser.add_argument("--folder", type=Path, default=None, help="where to write the dataset: the disk to be measured")
+    arguments = parser.parse_args()
+    gigabytes = arguments.gigabytes or (0.5 if arguments.check else 4.0)
+    if arguments.recorded:
+        result = newest("loader")
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="loader-", dir=arguments.folder))
+        try:
+            write_dataset(folder, gigabytes)
+            rates = measure(folder, arguments.seconds or (2.0 if arguments.check else 10.0))
+        finally:
+            shutil.rmtree(folder)
+        result = {"samples_per_second": rates, "gigabytes": gigabytes, "cpus": os.cpu_count()}
+        if not arguments.check:
+            result = json.loads(record("loader", result).read_text())
+    failed = check(result)
+    for line in failed:
+        print(f"UNDER THE BAR {line}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -100,6 +100,7 @@ def tokenize(
 
     options = Options(tokenizer, text_key, eos, bos, nfc, validation_fraction, seed, on_error.value)
     manifest = run(_tasks(text, include, exclude, datasets), options, output, workers or os.cpu_count() or 1, overwrite)
+    assert manifest is not None
     for name, split in manifest.splits.items():
         typer.echo(f"{output} {name}: {split.documents:,} documents, {split.tokens:,} tokens in {len(split.shards)} shards")
     if manifest.counts["malformed"] or manifest.counts["empty"]:
@@ -194,10 +195,10 @@ def merge(
 
 
 def _tasks(text: list[str], include: list[str], exclude: list[str], datasets: bool) -> list:
-    from data_tools.inputs import Part, find_files, plan_tasks
+    from data_tools.sources import find_files, plan_datasets, plan_tasks
 
     if datasets:
-        return [[Part(name, "dataset")] for name in text]
+        return plan_datasets(text)
     return plan_tasks(find_files(text, include, exclude))
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import xxhash
 
 from data_tools.errors import UserError
+from data_tools.storage import write_whole
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -68,7 +70,10 @@ class IndexedWriter:
         self.documents = 0
         self.tokens = 0
         self._lengths: list[np.ndarray] = []
-        self._temporary = self.bin_path.with_name(f".tmp-{self.bin_path.name}")
+        self.xxh3_bin = self.xxh3_idx = ""
+        self._digest = xxhash.xxh3_128()
+        # The process's number keeps a worker that outlived its killed parent from writing into the same file as its successor.
+        self._temporary = self.bin_path.with_name(f".tmp-{os.getpid()}-{self.bin_path.name}")
         self.bin_path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._temporary.open("wb")
 
@@ -77,24 +82,23 @@ class IndexedWriter:
         counts = np.asarray(lengths, dtype=np.int32)
         if int(counts.sum()) != len(tokens):
             raise ValueError(f"lengths sum to {int(counts.sum())}, but there are {len(tokens)} tokens")
-        self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        data = np.ascontiguousarray(tokens, dtype=self.dtype).data
+        self._file.write(data)
+        self._digest.update(data)
         self._lengths.append(counts)
         self.documents += len(counts)
         self.tokens += len(tokens)
 
     def close(self) -> None:
-        """Forces both files to disk and gives them their names."""
+        """Forces both files to disk and gives them their names; sets ``xxh3_bin`` and ``xxh3_idx``, checksums of what was written."""
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, dtype=np.int32)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        index = self.idx_path.with_name(f".tmp-{self.idx_path.name}")
-        with index.open("wb") as file:
-            file.write(index_bytes(lengths, self.dtype))
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(self._temporary, self.bin_path)
-        os.replace(index, self.idx_path)
+        index = index_bytes(lengths, self.dtype)
+        write_whole(self.idx_path, index)
+        self.xxh3_bin, self.xxh3_idx = self._digest.hexdigest(), xxhash.xxh3_128_hexdigest(index)
 
     def abort(self) -> None:
         """Leaves nothing behind."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ from typing import Any
 import xxhash
 
 from data_tools.errors import UserError
+from data_tools.storage import write_whole
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
+SPLITS = ("train", "validation")
 
 
 @dataclass
@@ -68,7 +69,11 @@ class Split:
 
 @dataclass
 class Manifest:
-    """The whole file. ``fingerprint`` depends on the tokens and the tokenizer only, not on paths, times or worker counts."""
+    """The whole file.
+
+    ``plan`` names the work that made it (see ``pipeline``). ``fingerprint`` depends on the tokens and the tokenizer only, not on paths, times or
+    worker counts.
+    """
 
     tokenizer: TokenizerInfo
     splits: dict[str, Split]
@@ -77,6 +82,7 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    plan: str = ""
     format: int = FORMAT
 
     @property
@@ -91,13 +97,7 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Writes the file whole or not at all."""
         body = {**asdict(self), "fingerprint": self.fingerprint}
-        temporary = folder / f".tmp-{FILE_NAME}"
-        with temporary.open("w") as file:
-            json.dump(body, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / FILE_NAME)
+        write_whole(folder / FILE_NAME, json.dumps(body, indent=1).encode() + b"\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:

@@ -1,296 +1,304 @@
-"""Tokenize and pack: one task, one shard; finished shards survive any interruption, and the result does not depend on the workers.
+"""Tokenize and pack: many tasks, one shard each; finished shards survive any interruption, and the result does not depend on the workers.
 
-Work happens in ``OUT.partial``. A task writes its shards, forces them to disk and then writes its record; the records of the same plan are
-believed on a restart. When all are there the manifest is written and the folder gets its name by one rename.
+Work happens in ``OUT.partial``. A task writes its shards, forces them to disk and then writes its record, which is believed on a restart if
+its key fits the task's text and the options. When all records are there the manifest is written and the folder is published. Several processes,
+on several nodes, may share the work by ``Share``; whoever calls ``finish`` last publishes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
+from data_tools import dedup, folders
+from data_tools.encoders import Encoder, choose_encoder
 from data_tools.errors import UserError
-from data_tools.indexed import IndexedWriter, best_dtype, paths
-from data_tools.inputs import Part, Record, read_part
-from data_tools.manifest import FILE_NAME, Manifest, Shard, Split, TokenizerInfo, xxh3
+from data_tools.manifest import FILE_NAME, SPLITS, Manifest, Shard, Split, TokenizerInfo
+from data_tools.pool import Job, run_jobs
 from data_tools.progress import Progress
+from data_tools.sources import Part, Task
+from data_tools.storage import combine, is_url, make_durable, stamp, write_whole
 from data_tools.tokenizers import Tokenizer, load_tokenizer
+from data_tools.worker import Options, Plan, TaskResult, documents, open_tokenize_job
 
-BATCH_CHARACTERS = 1 << 20
-SPLITS = ("train", "validation")
+CHECKED_FIRST = 256 << 10  # characters of the first documents on which an encoder is compared with the reference
+PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True)
-class Options:
-    """Everything that decides the output besides the text."""
+class Share:
+    """This process's tasks are a contiguous run of all: part ``index`` of ``count``."""
 
-    tokenizer: str
-    text_key: str = "text"
-    append_eos: bool = True
-    prepend_bos: bool = False
-    normalize_nfc: bool = False
-    validation_fraction: float = 0.0
-    seed: int = 0
-    on_error: str = "fail"
+    index: int = 0
+    count: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise UserError(f"task index {self.index} is not among 0 ... {self.count - 1}; check --task-index and --task-count")
 
-@dataclass
-class TaskResult:
-    """What a task wrote and counted."""
-
-    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    empty: int = 0
-    malformed: int = 0
-    problems: list[str] = field(default_factory=list)
+    def numbers(self, tasks: int) -> range:
+        """Which of so many tasks."""
+        return range(tasks * self.index // self.count, tasks * (self.index + 1) // self.count)
 
 
-def plan_hash(tasks: list[list[Part]], options: Options, tokenizer_hash: str) -> str:
-    """Identifies a run of the pipeline: a restart continues only the same one. Files count with size and time of change."""
-    parts = [[{**part.to_dict(), **_stamp(part.path)} for part in task] for task in tasks]
-    body = json.dumps([parts, asdict(options), tokenizer_hash], sort_keys=True)
-    return hashlib.sha256(body.encode()).hexdigest()[:16]
-
-
-def _stamp(path: str) -> dict[str, int]:
-    if not os.path.isfile(path):
-        return {}
-    status = os.stat(path)
-    return {"size": status.st_size, "changed": status.st_mtime_ns}
-
-
-def tokenize(tasks: list[list[Part]], options: Options, out: Path, workers: int, overwrite: bool = False) -> Manifest:
+def tokenize(
+    tasks: list[Task], options: Options, out: Path, workers: int, overwrite: bool = False, share: Share | None = None
+) -> Manifest | None:
     """Runs the tasks in ``workers`` processes and writes the dataset folder ``out``; returns its manifest.
 
-    Raises UserError if ``out`` holds files, if a record is malformed (with ``on_error="fail"``), or if there is no document at all.
+    With a ``share`` only that part is done and None is returned: call ``finish`` when all parts are. The same call on a finished dataset changes
+    nothing. Raises UserError if ``out`` holds anything else, if a record is malformed (with ``on_error="fail"``), or if there is no document.
     """
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} already holds files; choose another --output or pass --overwrite")
+    tokenizer = _fitting_tokenizer(options)
+    encoder, notes = choose_encoder(options.encoder, tokenizer, _first_documents(tasks, options))
+    for note in notes:
+        print(f"note: {note}; using {encoder.version}", file=sys.stderr)
+    plan = make_plan(tasks, replace(options, encoder=encoder.name), encoder, tokenizer, folders.work_folder(out))
+    name = plan_name(plan)
+    if (done := _already(plan.work, out, name, overwrite)) is not None:
+        return done
+    folders.check_free(out, overwrite)
+    folders.make(plan.record(0).parent)
+    with ExitStack() as stack:
+        lock = plan.notes / f"lock-{share.index if share else 0}-of-{share.count if share else 1}"
+        stack.enter_context(folders.lock(lock))
+        _write_plan(plan, name, encoder, tokenizer)
+        try:
+            _run(plan, (share or Share()).numbers(len(tasks)), workers)
+            return None if share else _complete(plan, out)
+        except UserError as error:
+            kept = len(list(plan.notes.glob("records/*.json")))
+            if kept:
+                raise UserError(f"{error} ({kept} finished shards are kept in {plan.work} for the next try)") from error
+            if not share and not any(plan.notes.glob("hashes/*")):
+                shutil.rmtree(plan.work, ignore_errors=True)
+            raise
+
+
+def _fitting_tokenizer(options: Options) -> Tokenizer:
     tokenizer = load_tokenizer(options.tokenizer)
     if options.append_eos and tokenizer.eos_id is None:
         raise UserError(f"tokenizer {options.tokenizer} has no end-of-document token; pass --no-eos, or use one that has")
     if options.prepend_bos and tokenizer.bos_id is None:
         raise UserError(f"tokenizer {options.tokenizer} has no begin-of-document token; leave --bos out, or use one that has")
-    work = out.with_name(f"{out.name}.partial")
-    _continue_or_start(work, plan_hash(tasks, options, tokenizer.hash))
+    return tokenizer
+
+
+def _first_documents(tasks: list[Task], options: Options) -> list[str]:
+    """Whole documents until they are enough to compare encoders on; a malformed record ends them (it is reported when its task runs)."""
+    texts: list[str] = []
+    size = 0
     try:
-        results = _run(tasks, options, work, workers)
-        manifest = _assemble(results, tasks, options, tokenizer, work)
+        for task in tasks:
+            for text in documents(task, options, TaskResult()):
+                texts.append(text)
+                size += len(text)
+                if size >= CHECKED_FIRST:
+                    return texts
     except UserError:
-        shutil.rmtree(work)
-        raise
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(work, out)
-    return manifest
+        pass
+    return texts
 
 
-def _continue_or_start(work: Path, plan: str) -> None:
-    marker = work / "plan"
-    if marker.is_file() and marker.read_text() == plan:
-        return
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
-    marker.write_text(plan)
+def make_plan(tasks: list[Task], options: Options, encoder: Encoder, tokenizer: Tokenizer, work: Path) -> Plan:
+    """Names each task's work by everything that decides its output: parts of files with size and time of change, options, tokenizer, encoder."""
+    decides = {key: value for key, value in asdict(options).items() if key not in ("tokenizer", "on_error")}
+    common = json.dumps([decides, tokenizer.hash, encoder.version], sort_keys=True)
+    keys = []
+    for task in tasks:
+        body = json.dumps([common, [part.identity() for part in task]], sort_keys=True)
+        keys.append(hashlib.sha256(body.encode()).hexdigest()[:24])
+    return Plan(tasks, keys, options, work)
 
 
-def _run(tasks: list[list[Part]], options: Options, work: Path, workers: int) -> list[TaskResult]:
-    results: dict[int, TaskResult] = {}
-    for number in range(len(tasks)):
-        record = _record_path(work, number)
-        if record.is_file():
-            results[number] = TaskResult(**json.loads(record.read_text()))
-    waiting = [number for number in range(len(tasks)) if number not in results]
-    sizes = [sum(_size(part) for part in task) for task in tasks]
-    with Progress("tokenizing", sum(sizes)) as progress:
-        for number, result in results.items():
-            progress.add(sizes[number], result.documents, result.tokens)
-        for number, result in _execute(waiting, tasks, options, work, workers):
-            results[number] = result
-            progress.add(sizes[number], result.documents, result.tokens)
-    return [results[number] for number in range(len(tasks))]
+def plan_name(plan: Plan) -> str:
+    """Names the whole work."""
+    return hashlib.sha256("".join([*plan.keys, plan.options.on_error]).encode()).hexdigest()[:24]
 
 
-def _size(part: Part) -> int:
-    if part.end >= 0:
-        return part.end - part.begin
-    return os.path.getsize(part.path) if os.path.isfile(part.path) else 0
+def _already(work: Path, out: Path, name: str, overwrite: bool) -> Manifest | None:
+    """Finishes what a killed process had all but finished; the manifest if there is nothing left to do."""
+    if (work / FILE_NAME).is_file() and Manifest.load(work).plan == name:
+        folders.publish(work, out)
+        return Manifest.load(out)
+    if overwrite or not (out / FILE_NAME).is_file():
+        return None
+    found = Manifest.load(out)
+    if found.plan != name:
+        return None
+    shutil.rmtree(work, ignore_errors=True)
+    print(f"{out} is already made of this text with these options; nothing to do", file=sys.stderr)
+    return found
 
 
-def _execute(waiting: list[int], tasks: list[list[Part]], options: Options, work: Path, workers: int) -> Iterator[tuple[int, TaskResult]]:
-    if workers == 1 or len(waiting) <= 1:
-        tokenizer = load_tokenizer(options.tokenizer)
-        for number in waiting:
-            yield number, run_task(number, tasks[number], options, work, tokenizer)
-        return
-    context = multiprocessing.get_context("spawn")  # a forked process would inherit threads of the tokenizer libraries in unknown states
-    with ProcessPoolExecutor(
-        min(workers, len(waiting)), mp_context=context, initializer=_open_tokenizer, initargs=(options.tokenizer,)
-    ) as pool:
-        futures = {pool.submit(_run_in_worker, number, tasks[number], options, work): number for number in waiting}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+def _write_plan(plan: Plan, name: str, encoder: Encoder, tokenizer: Tokenizer) -> None:
+    """What ``finish`` needs to know. Every process of an array writes the same."""
+    described = {
+        "name": name,
+        "encoder_version": encoder.version,
+        "command": " ".join(sys.argv),
+        "keys": plan.keys,
+        "options": asdict(plan.options),
+        "inputs": _inputs(plan.tasks),
+        "tasks": [[asdict(part) for part in task] for task in plan.tasks],
+    }
+    write_whole(plan.notes / PLAN_FILE, json.dumps(described).encode())
+    tokenizer.save(plan.work / "tokenizer")
 
 
-_worker_tokenizer: Tokenizer | None = None
-
-
-def _open_tokenizer(path: str) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = load_tokenizer(path)
-
-
-def _run_in_worker(number: int, task: list[Part], options: Options, work: Path) -> TaskResult:
-    assert _worker_tokenizer is not None
-    return run_task(number, task, options, work, _worker_tokenizer)
-
-
-def _record_path(work: Path, number: int) -> Path:
-    return work / f"{number:05d}.json"
-
-
-def run_task(number: int, task: list[Part], options: Options, work: Path, tokenizer: Tokenizer) -> TaskResult:
-    """Encodes a task's documents into one shard per split, and writes the task's record last."""
-    result = TaskResult()
-    writers: dict[str, IndexedWriter] = {}
-    bytes_of = dict.fromkeys(SPLITS, 0)
-    dtype = best_dtype(tokenizer.vocab_size)
-    try:
-        for split, texts in _batches(task, options, result):
-            if split not in writers:
-                writers[split] = IndexedWriter(work / split / f"{number:05d}", dtype)
-            tokens, lengths = _joined(tokenizer.encode_batch(texts), tokenizer, options)
-            writers[split].add(tokens, lengths)
-            result.documents += len(texts)
-            result.tokens += len(tokens)
-            size = sum(len(text.encode()) for text in texts)
-            bytes_of[split] += size
-            result.text_bytes += size
-        for split, writer in writers.items():
-            writer.close()
-            result.shards[split] = asdict(_describe(split, number, writer, bytes_of[split]))
-    except BaseException:
-        for writer in writers.values():
-            writer.abort()
-        raise
-    temporary = work / f".tmp-{number:05d}.json"
-    with temporary.open("w") as file:
-        json.dump(asdict(result), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, _record_path(work, number))
-    return result
-
-
-def _describe(split: str, number: int, writer: IndexedWriter, text_bytes: int) -> Shard:
-    bin_path, idx_path = paths(writer.bin_path.with_suffix(""))
-    return Shard(f"{split}/{number:05d}", writer.documents, writer.tokens, writer.dtype.name, xxh3(bin_path), xxh3(idx_path), text_bytes)
-
-
-def _batches(task: list[Part], options: Options, result: TaskResult) -> Iterator[tuple[str, list[str]]]:
-    """Batches of texts of one split, in the order of the input."""
-    pending: dict[str, list[str]] = {split: [] for split in SPLITS}
-    characters = dict.fromkeys(SPLITS, 0)
-    for text in _texts(task, options, result):
-        split = split_of(text, options)
-        pending[split].append(text)
-        characters[split] += len(text)
-        if characters[split] >= BATCH_CHARACTERS:
-            yield split, pending[split]
-            pending[split], characters[split] = [], 0
-    yield from ((split, texts) for split, texts in pending.items() if texts)
-
-
-def _texts(task: list[Part], options: Options, result: TaskResult) -> Iterator[str]:
-    for record in (record for part in task for record in read_part(part, options.text_key)):
-        if record.text is None or record.problem:
-            _malformed(record, options, result)
-        elif not record.text.strip():
-            result.empty += 1
-        elif options.normalize_nfc:
-            import unicodedata
-
-            yield unicodedata.normalize("NFC", record.text)
+def _inputs(tasks: list[Task]) -> list[dict[str, Any]]:
+    """A row for each input, in order."""
+    rows: list[dict[str, Any]] = []
+    for path, part in {part.path: part for task in tasks for part in task}.items():
+        if part.kind == "dataset":
+            rows.append({"dataset": path, "shards": part.end})
         else:
-            yield record.text
+            rows.append({"path": path if is_url(path) else os.path.abspath(path), **stamp(path)})
+    return rows
 
 
-def _malformed(record: Record, options: Options, result: TaskResult) -> None:
-    sentence = f"{record.place} {record.problem}"
-    if options.on_error == "fail":
-        raise UserError(f"{sentence}; mend it, or pass --on-error skip to leave such records out")
-    result.malformed += 1
-    result.problems = [*result.problems, sentence][:20]
+def _run(plan: Plan, numbers: Sequence[int], workers: int) -> None:
+    if plan.options.dedup == "exact":
+        _mark_duplicates(plan, numbers, workers)
+    with Progress("tokenizing", sum(part.size for number in numbers for part in plan.tasks[number])) as progress:
+        waiting = []
+        for number in numbers:
+            if (result := _finished(plan, number)) is None:
+                waiting.append(number)
+            else:
+                progress.skip(sum(part.size for part in plan.tasks[number]), result.documents, result.tokens)
+        _finish_jobs(waiting, open_tokenize_job, plan, workers, progress)
 
 
-def split_of(text: str, options: Options) -> str:
-    """The split of a document: by a hash of its text, so that it stays when files are split, merged or reordered."""
-    if not options.validation_fraction:
-        return "train"
-    value = xxhash.xxh3_64_intdigest(text.encode(), seed=options.seed)
-    return "validation" if value < options.validation_fraction * 2**64 else "train"
+def _mark_duplicates(plan: Plan, numbers: Sequence[int], workers: int) -> None:
+    """Hashes all documents, and lists the duplicates; those lists are part of a task's work, so its record goes if they change."""
+    if len(numbers) < len(plan.tasks):
+        raise UserError("--dedup needs to see all documents, an array's task sees a part; pass --dedup to `mamba-data merge` instead")
+    dedup.hashes_path(plan, 0).parent.mkdir(exist_ok=True)
+    waiting = [number for number in numbers if not dedup.hashes_path(plan, number).is_file()]
+    with Progress("looking for duplicates", sum(part.size for number in waiting for part in plan.tasks[number])) as progress:
+        _finish_jobs(waiting, dedup.open_hash_job, plan, workers, progress)
+    before = {number: _content(plan.duplicates(number)) for number in numbers}
+    dedup.write_duplicates(plan)
+    for number in numbers:
+        if _content(plan.duplicates(number)) != before[number]:
+            plan.record(number).unlink(missing_ok=True)
 
 
-def _joined(encoded: list[np.ndarray], tokenizer: Tokenizer, options: Options) -> tuple[np.ndarray, np.ndarray]:
-    """Documents one after another with their control tokens, and their lengths."""
-    before = int(options.prepend_bos)
-    lengths = np.array([len(ids) for ids in encoded], dtype=np.int64) + before + int(options.append_eos)
-    tokens = np.empty(int(lengths.sum()), dtype=np.int32)
-    ends = np.cumsum(lengths)
-    inside = np.ones(len(tokens), dtype=bool)
-    if options.append_eos:
-        tokens[ends - 1] = tokenizer.eos_id
-        inside[ends - 1] = False
-    if options.prepend_bos:
-        tokens[ends - lengths] = tokenizer.bos_id
-        inside[ends - lengths] = False
-    tokens[inside] = np.concatenate(encoded)
-    return tokens, lengths
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
-def _assemble(results: list[TaskResult], tasks: list[list[Part]], options: Options, tokenizer: Tokenizer, work: Path) -> Manifest:
+def _finish_jobs(numbers: Sequence[int], open_job: Any, plan: Plan, workers: int, progress: Progress) -> None:
+    job: Iterator[tuple[int, Job]] = run_jobs(
+        numbers, open_job, plan, workers, lambda step: progress.add(step.size, step.documents, step.tokens)
+    )
+    for _ in job:
+        pass
+
+
+def _finished(plan: Plan, number: int) -> TaskResult | None:
+    """The result of a task that an earlier run finished, if it is of the same work."""
+    path = plan.record(number)
+    if not path.is_file():
+        return None
+    result = TaskResult(**json.loads(path.read_bytes()))
+    return result if result.key == plan.keys[number] else None
+
+
+def finish(out: Path) -> Manifest:
+    """Publishes a dataset whose tasks were shared among several processes. Raises UserError that names those still to be done."""
+    work = folders.work_folder(out)
+    path = work / ".work" / PLAN_FILE
+    if not path.is_file():
+        if (work / FILE_NAME).is_file():
+            folders.publish(work, out)
+        return Manifest.load(out)
+    described = json.loads(path.read_bytes())
+    tasks = [[Part(**{**part, "blocks": tuple(part["blocks"])}) for part in task] for task in described["tasks"]]
+    plan = Plan(tasks, described["keys"], Options(**described["options"]), work)
+    return _complete(plan, out)
+
+
+def _complete(plan: Plan, out: Path) -> Manifest:
+    """Writes the manifest and publishes."""
+    results = [_finished(plan, number) for number in range(len(plan.tasks))]
+    missing = [number for number, result in enumerate(results) if result is None]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(results)} shards of {out} are not finished (the first is {missing[0]}); run the array's failed tasks again"
+        )
+    described = json.loads((plan.notes / PLAN_FILE).read_bytes())
+    try:
+        manifest = _assemble([result for result in results if result is not None], plan, described)
+    except UserError:
+        shutil.rmtree(plan.work)
+        raise
+    manifest.save(plan.work)
+    folders.publish(plan.work, out)
+    return Manifest.load(out)
+
+
+def _assemble(results: list[TaskResult], plan: Plan, described: dict[str, Any]) -> Manifest:
     splits: dict[str, Split] = {}
     for name in SPLITS:
         shards = [Shard(**result.shards[name]) for result in results if name in result.shards]
         if shards:
             splits[name] = Split(shards)
-    if "train" not in splits:
-        raise UserError(f"the input holds no documents ({sum(r.empty for r in results)} were empty); check the paths and --text-key")
-    files = tokenizer.save(work / "tokenizer")
-    info = TokenizerInfo(
-        tokenizer.kind, tokenizer.hash, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id, tokenizer.kind, tokenizer.version, files
-    )
-    policies = {key: value for key, value in asdict(options).items() if key != "tokenizer"} | {"special_tokens_in_text": "text"}
-    names = ("documents", "tokens", "text_bytes", "empty", "malformed")
+    names = ("documents", "tokens", "text_bytes", "empty", "malformed", "duplicates")
     counts = {name: sum(getattr(result, name) for result in results) for name in names}
-    inputs = [{"path": path, **_stamp(path)} for path in sorted({part.path for task in tasks for part in task})]
-    versions = {"tokenizer": tokenizer.version, "python": sys.version.split()[0], "numpy": np.__version__}
-    manifest = Manifest(info, splits, policies, inputs, counts, " ".join(sys.argv), versions)
-    manifest.save(work)
-    for leftover in [work / "plan", *work.glob("[0-9]*.json")]:
-        leftover.unlink()
-    return manifest
+    if "train" not in splits:
+        why = (
+            f"{counts['empty']} were empty, {counts['malformed']} malformed, {sum(s.documents for s in splits.values())} fell to validation"
+        )
+        raise UserError(f"the input holds no documents to train on ({why}); check the paths, --text-key and --validation-fraction")
+    _remove_leftovers(plan.work, splits)
+    tokenizer = load_tokenizer(plan.work / "tokenizer")
+    info = TokenizerInfo(tokenizer.kind, tokenizer.hash, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id)
+    info.encoder, info.encoder_version = plan.options.encoder, described["encoder_version"]
+    info.files = [path.name for path in tokenizer.files]
+    policies = {key: value for key, value in asdict(plan.options).items() if key not in ("tokenizer", "encoder")}
+    policies |= {"special_tokens_in_text": "text", "empty_documents": "dropped"}
+    if problems := [problem for result in results for problem in result.problems]:
+        policies["problems"] = problems[:20]
+    versions = {"tokenizer": tokenizer.version, "encoder": described["encoder_version"], "numpy": np.__version__}
+    versions["python"] = sys.version.split()[0]
+    inputs = _with_checksums(described["inputs"], plan.tasks, results)
+    return Manifest(info, splits, policies, inputs, counts, described["command"], versions, described["name"])
 
 
-def is_dataset(folder: Path) -> bool:
-    """Whether a folder is a finished dataset."""
-    return (folder / FILE_NAME).is_file()
+def _with_checksums(inputs: list[dict[str, Any]], tasks: list[Task], results: list[TaskResult]) -> list[dict[str, Any]]:
+    """Adds to each input file the checksum of what was read: its parts, in order, brought the blocks."""
+    blocks: dict[str, list[str]] = {}
+    for result in results:
+        for path, digests in result.blocks.items():
+            blocks.setdefault(path, []).extend(digests)
+    paths = dict.fromkeys(part.path for task in tasks for part in task)
+    rows = []
+    for path, row in zip(paths, inputs, strict=True):
+        rows.append({**row, "xxh3": combine(blocks[path])} if blocks.get(path) else row)
+    return rows
+
+
+def _remove_leftovers(work: Path, splits: dict[str, Split]) -> None:
+    """Shards and temporary files of killed processes and of tasks that are no longer."""
+    wanted = {f"{shard.path}{suffix}" for split in splits.values() for shard in split.shards for suffix in (".bin", ".idx")}
+    for name in SPLITS:
+        if (work / name).is_dir():
+            for path in (work / name).iterdir():
+                if f"{name}/{path.name}" not in wanted:
+                    path.unlink()
+            if name not in splits:
+                (work / name).rmdir()
+            else:
+                make_durable(work / name)

@@ -16,7 +16,7 @@ class Progress:
     def __init__(self, title: str, total_bytes: int) -> None:
         self.title = title
         self.total = max(1, total_bytes)
-        self.bytes = self.documents = self.tokens = 0
+        self.bytes = self.documents = self.tokens = self._before = 0
         self._began = self._printed = time.monotonic()
         self._bar: Any = None
 
@@ -32,8 +32,13 @@ class Progress:
             self._bar.start()
         return self
 
+    def skip(self, size: int, documents: int, tokens: int) -> None:
+        """Counts what an earlier run did: part of the whole, but not of the rate."""
+        self._before += tokens
+        self.add(size, documents, tokens)
+
     def add(self, size: int, documents: int, tokens: int) -> None:
-        """Counts finished work."""
+        """Counts work done since the last call."""
         self.bytes += size
         self.documents += documents
         self.tokens += tokens
@@ -41,10 +46,11 @@ class Progress:
             self._bar.update(self._task, completed=self.bytes, counts=self._counts())
         elif time.monotonic() - self._printed > SECONDS_PER_LINE:
             self._printed = time.monotonic()
-            print(f"{self.title}: {self.bytes / self.total:.0%}  {self._counts()}", file=sys.stderr, flush=True)
+            left = (self.total - self.bytes) * (self._printed - self._began) / max(1, self.bytes)
+            print(f"{self.title}: {self.bytes / self.total:.0%}  {self._counts()}  {left:.0f} s left", file=sys.stderr, flush=True)
 
     def _counts(self) -> str:
-        rate = self.tokens / max(1e-9, time.monotonic() - self._began)
+        rate = (self.tokens - self._before) / max(1e-9, time.monotonic() - self._began)
         return f"{self.documents:,} documents  {self.tokens:,} tokens  {rate / 1e6:.2f}M tokens/s"
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.errors import UserError
-from data_tools.inputs import Part, read_part
+from data_tools.readers import Problem, read_part
+from data_tools.sources import Task
 from data_tools.tokenizers import SENTENCEPIECE_FILE, SentencePieceTokenizer
 
 HELD_OUT = 20  # every 20th document measures the result instead of training it
@@ -27,7 +28,7 @@ class Trained:
 
 
 def train_tokenizer(
-    tasks: list[list[Part]], out: Path, vocab_size: int, model: str, text_key: str, sample_bytes: int, seed: int, overwrite: bool
+    tasks: list[Task], out: Path, vocab_size: int, model: str, text_key: str, sample_bytes: int, seed: int, overwrite: bool
 ) -> Trained:
     """Trains ``model`` (bpe or unigram) with byte fallback, so that no text is unknown, on at most ``sample_bytes`` of text drawn with ``seed``.
 
@@ -80,7 +81,7 @@ def train_tokenizer(
     return Trained(path, len(texts), size / max(1, tokens))
 
 
-def _sample(tasks: list[list[Part]], text_key: str, sample_bytes: int, seed: int) -> tuple[list[str], list[str]]:
+def _sample(tasks: list[Task], text_key: str, sample_bytes: int, seed: int) -> tuple[list[str], list[str]]:
     """Documents for training and for measuring. Tasks are visited in a random order, so the sample is spread over the corpus."""
     order = list(range(len(tasks)))
     random.Random(seed).shuffle(order)
@@ -88,14 +89,14 @@ def _sample(tasks: list[list[Part]], text_key: str, sample_bytes: int, seed: int
     held_out: list[str] = []
     size = number = 0
     for part in (part for task in order for part in tasks[task]):
-        for record in read_part(part, text_key):
-            if record.text is None or record.problem:
-                raise UserError(f"{record.place} {record.problem}; mend it, or train the tokenizer on other files")
-            if not record.text.strip():
+        for text in read_part(part, text_key):
+            if isinstance(text, Problem):
+                raise UserError(f"{text.place} {text.what}; mend it, or train the tokenizer on other files")
+            if not text or text.isspace():
                 continue
             number += 1
-            (held_out if number % HELD_OUT == 0 else texts).append(record.text)
-            size += len(record.text)
+            (held_out if number % HELD_OUT == 0 else texts).append(text)
+            size += len(text)
             if size >= sample_bytes:
                 return texts, held_out or texts[:1]
     return texts, held_out or texts[:1]

@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,11 +20,16 @@ from data_tools.errors import UserError
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+PROBE = "\ufb01 \u2460 e\u0301 \u212b"  # changes under every Unicode normalisation
 BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>")
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. ``eos_id`` ends a document; ``bos_id`` may begin one; both None if the tokenizer has none."""
+    """Text to token ids and back. ``eos_id`` ends a document; ``bos_id`` may begin one; both None if the tokenizer has none.
+
+    ``literals`` are the texts of control tokens: a document may contain them, and they stay text. ``normalization`` says what is done to text
+    before it is cut: nothing, Unicode's NFC, or something else.
+    """
 
     kind: str
     file_name: str
@@ -32,6 +37,8 @@ class Tokenizer(ABC):
     eos_id: int | None
     bos_id: int | None
     path: Path
+    literals: list[str]
+    normalization: Literal["none", "nfc", "other"]
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -88,6 +95,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
+        ids = range(self.vocab_size)
+        self.literals = [self._model.id_to_piece(i) for i in ids if self._model.is_control(i) or self._model.is_unknown(i)]
+        self.normalization = "none" if self._model.normalize(PROBE).replace("\u2581", " ").strip() == PROBE else "other"
 
     @property
     def version(self) -> str:
@@ -122,6 +132,9 @@ class HFTokenizer(Tokenizer):
         self._model.no_truncation()
         self._model.no_padding()
         self._version = f"tokenizers {tokenizers.__version__}"
+        description = json.loads(path.read_bytes())
+        self.literals = [token["content"] for token in description.get("added_tokens") or [] if token.get("special")]
+        self.normalization = _normalization(description.get("normalizer"))
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         described = self._described()
         self.eos_id = self._special(described.get("eos_token"), END_TOKENS)
@@ -151,6 +164,18 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _normalization(normalizer: dict[str, Any] | None) -> Literal["none", "nfc", "other"]:
+    """Whether a ``tokenizer.json``'s normalizer changes letters; adding and replacing spaces does not count."""
+    steps = [normalizer] if normalizer else []
+    kinds: set[str] = set()
+    while steps:
+        step = steps.pop()
+        kinds.add(step["type"])
+        steps += step.get("normalizers", [])
+    kinds -= {"Sequence", "Prepend", "Replace", "Strip"}
+    return "none" if not kinds else "nfc" if kinds == {"NFC"} else "other"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -1,0 +1,221 @@
+"""One task of the pipeline: a task's documents become one shard for each split, and then a record that says so."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_tools.encoders import Encoder, check, open_encoder
+from data_tools.errors import UserError
+from data_tools.indexed import IndexedWriter, best_dtype
+from data_tools.manifest import SPLITS, Shard
+from data_tools.pool import Report
+from data_tools.readers import Problem, read_part
+from data_tools.sources import Task
+from data_tools.storage import write_whole
+from data_tools.tokenizers import Tokenizer, load_tokenizer
+
+BATCH_CHARACTERS = 1 << 20
+PROBLEMS_KEPT = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides the output besides the text and the tokenizer. ``encoder`` is settled before workers see it: never auto."""
+
+    tokenizer: str
+    text_key: str = "text"
+    append_eos: bool = True
+    prepend_bos: bool = False
+    normalize_nfc: bool = False
+    validation_fraction: float = 0.0
+    seed: int = 0
+    on_error: str = "fail"
+    dedup: str = "none"
+    encoder: str = "auto"
+    check_every: int = 10_000
+
+
+@dataclass
+class TaskResult:
+    """What a task wrote and counted. ``key`` names the work; ``blocks`` are the checksums of the inputs' blocks, by path."""
+
+    key: str = ""
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    blocks: dict[str, list[str]] = field(default_factory=dict)
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    empty: int = 0
+    malformed: int = 0
+    duplicates: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tasks and where their results go. ``keys`` name the tasks' work: a result with another key is of other text or options."""
+
+    tasks: list[Task]
+    keys: list[str]
+    options: Options
+    work: Path
+
+    @property
+    def notes(self) -> Path:
+        """Folder of everything that is no part of the dataset."""
+        return self.work / ".work"
+
+    def record(self, number: int) -> Path:
+        """The file that says that a task is done."""
+        return self.notes / "records" / f"{number:05d}.json"
+
+    def duplicates(self, number: int) -> Path:
+        """Numbers (int64) of a task's documents that were seen before."""
+        return self.notes / "duplicates" / f"{number:05d}.bin"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress since the last report, as differences."""
+
+    size: int = 0
+    documents: int = 0
+    tokens: int = 0
+
+
+def open_tokenize_job(plan: Plan) -> Callable[[int, Report], TaskResult]:
+    """A process's function that runs tasks by number."""
+    tokenizer = load_tokenizer(plan.options.tokenizer)
+    encoder = open_encoder(plan.options.encoder, tokenizer)
+    return lambda number, report: _Task(plan, number, tokenizer, encoder, report).run()
+
+
+def documents(task: Task, options: Options, result: TaskResult, report: Report = lambda _: None, digest: bool = False) -> Iterator[str]:
+    """The texts of a task, in order, cleaned as the options say; counts empty and malformed ones, and with ``digest`` notes checksums.
+
+    Raises UserError for a malformed record when ``on_error`` is fail.
+    """
+    for part in task:
+        digests: list[str] | None = [] if digest else None
+        for text in read_part(part, options.text_key, digests):
+            if isinstance(text, Problem):
+                _malformed(text, options, result)
+            elif not text or text.isspace():
+                result.empty += 1
+            else:
+                yield unicodedata.normalize("NFC", text) if options.normalize_nfc else text
+        if digests:
+            result.blocks.setdefault(part.path, []).extend(digests)
+        report(Step(size=part.size))
+
+
+def _malformed(problem: Problem, options: Options, result: TaskResult) -> None:
+    sentence = f"{problem.place} {problem.what}"
+    if options.on_error == "fail":
+        raise UserError(f"{sentence}; mend it, or pass --on-error skip to leave such records out")
+    result.malformed += 1
+    result.problems = [*result.problems, sentence][:PROBLEMS_KEPT]
+
+
+class _Task:
+    """The run of one task."""
+
+    def __init__(self, plan: Plan, number: int, tokenizer: Tokenizer, encoder: Encoder, report: Report) -> None:
+        self.plan, self.number, self.options = plan, number, plan.options
+        self.tokenizer, self.encoder, self.report = tokenizer, encoder, report
+        self.dtype = best_dtype(tokenizer.vocab_size)
+        self.eos = _control(tokenizer.eos_id, self.options.append_eos)
+        self.bos = _control(tokenizer.bos_id, self.options.prepend_bos)
+        self.validation_below = int(self.options.validation_fraction * 2**64)
+        self.result = TaskResult(plan.keys[number])
+        self.writers: dict[str, IndexedWriter] = {}
+        self.bytes_of = dict.fromkeys(SPLITS, 0)
+
+    def run(self) -> TaskResult:
+        """Writes the shards and, when they are safe on disk, the record."""
+        for stale in self.plan.work.glob(f"*/.tmp-*-{self.number:05d}.*"):
+            stale.unlink(missing_ok=True)  # of a process that was killed
+        try:
+            self._write()
+            for writer in self.writers.values():
+                writer.close()
+        except OSError as error:
+            self._abort()
+            raise UserError(
+                f"{self.plan.work} cannot be written ({error.strerror or error}); make room: the same command continues"
+            ) from error
+        except BaseException:
+            self._abort()
+            raise
+        for split, writer in self.writers.items():
+            shard = Shard(f"{split}/{self.number:05d}", writer.documents, writer.tokens, self.dtype.name, writer.xxh3_bin, writer.xxh3_idx)
+            shard.text_bytes = self.bytes_of[split]
+            self.result.shards[split] = asdict(shard)
+        write_whole(self.plan.record(self.number), json.dumps(asdict(self.result)).encode())
+        return self.result
+
+    def _abort(self) -> None:
+        for writer in self.writers.values():
+            writer.abort()
+
+    def _write(self) -> None:
+        pending: dict[str, list[str]] = {split: [] for split in SPLITS}
+        characters = dict.fromkeys(SPLITS, 0)
+        for text, split in self._split_documents():
+            pending[split].append(text)
+            characters[split] += len(text)
+            if characters[split] >= BATCH_CHARACTERS:
+                self._encode(split, pending[split])
+                pending[split], characters[split] = [], 0
+        for split, texts in pending.items():
+            if texts:
+                self._encode(split, texts)
+
+    def _split_documents(self) -> Iterator[tuple[str, str]]:
+        """Texts that are no duplicates, each with its split. The split depends on the text alone, wherever the document stands."""
+        dropped = self._duplicates()
+        for number, text in enumerate(documents(self.plan.tasks[self.number], self.options, self.result, self.report, digest=True)):
+            if number in dropped:
+                self.result.duplicates += 1
+                continue
+            digest = text_hash(text, self.options.seed)
+            if digest % self.options.check_every == 0:
+                check(self.encoder, self.tokenizer, [text])
+            yield text, "validation" if digest < self.validation_below else "train"
+
+    def _duplicates(self) -> set[int]:
+        path = self.plan.duplicates(self.number)
+        return set(np.fromfile(path, dtype=np.int64).tolist()) if path.is_file() else set()
+
+    def _encode(self, split: str, texts: list[str]) -> None:
+        if split not in self.writers:
+            self.writers[split] = IndexedWriter(self.plan.work / split / f"{self.number:05d}", self.dtype)
+        encoded = self.encoder.encode_batch(texts)
+        extra = len(self.bos) + len(self.eos)
+        lengths = np.fromiter((len(ids) + extra for ids in encoded), dtype=np.int32, count=len(encoded))
+        pieces = [piece for ids in encoded for piece in (self.bos, ids, self.eos)] if extra else encoded
+        tokens = np.concatenate(pieces, dtype=self.dtype, casting="unsafe")  # ids fit: the dtype is chosen by the vocabulary
+        self.writers[split].add(tokens, lengths)
+        size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        self.bytes_of[split] += size
+        self.result.documents += len(texts)
+        self.result.tokens += len(tokens)
+        self.result.text_bytes += size
+        self.report(Step(documents=len(texts), tokens=len(tokens)))
+
+
+def _control(token: int | None, wanted: bool) -> np.ndarray:
+    return np.array([token] if wanted and token is not None else [], dtype=np.int32)
+
+
+def text_hash(text: str, seed: int) -> int:
+    """64 bits that decide a document's split and whether its encoding is checked."""
+    return xxhash.xxh3_64_intdigest(text.encode(), seed=seed)

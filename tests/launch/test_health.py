@@ -66,6 +66,7 @@ def test_faulty_node_is_excluded_and_the_run_goes_on(start: Callable, profile: d
     assert job.slurm.job(job.ids[0])["ExcNodeList"] == "node2"
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 @pytest.mark.xdist_group("slurm")
 def test_faulty_node_stops_the_run_when_exclusion_is_not_allowed(start: Callable, profile: dict, tmp_path: Path) -> None:

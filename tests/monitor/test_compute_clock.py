@@ -48,7 +48,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("style", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("style", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_slowed_rank_is_named(tmp_path: Path, style: str) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     ranks = [

@@ -131,9 +131,11 @@ def _windows(
         for time in row_blocks(x.shape[1:], x.device):
             first = max(0, time.start - reach)
             missing = reach - (time.start - first)
-            inputs = torch.cat([history[row, reach - missing :], x[row, first : time.stop]]).float()
+            inputs = x[row, first : time.stop]
+            if missing:
+                inputs = torch.cat([history[row, reach - missing :], inputs])
             numbers = None if document is None else F.pad(document[row, first : time.stop], (missing, 0))
-            yield row, time, _Window(inputs, taps, offset, numbers)
+            yield row, time, _Window(inputs.float(), taps, offset, numbers)
 
 
 # -- custom operators: opaque to torch.compile, with gradients ------------------------------------------------------------------------------

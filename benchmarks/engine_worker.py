@@ -71,6 +71,7 @@ class Job:
 def run_jobs(world_size: int, jobs: list[Job], folder: Path, timeout: float = 600.0) -> dict[str, dict[str, Any]]:
     """Runs the jobs in ``world_size`` processes and returns the results by key. Raises RuntimeError with the processes' output if one fails."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").unlink(missing_ok=True)
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
     processes = start_processes(world_size, [str(Path(__file__).resolve()), str(folder)], folder)
     deadline = time.monotonic() + timeout

@@ -1,0 +1,78 @@
+"""Trains every engine on every tiny model once per session; the tests look at the results."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+MODELS = ("mamba1", "mamba2", "hybrid")
+SHARD_SIZE = {2: 2, 3: 3, 4: 2}  # hsdp's, by number of processes
+
+
+@pytest.fixture(scope="session")
+def worker():
+    """``benchmarks/engine_worker.py`` as a module."""
+    path = Path(__file__).parents[2] / "benchmarks" / "engine_worker.py"
+    spec = importlib.util.spec_from_file_location("engine_worker", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["engine_worker"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def job(worker):
+    """Makes a job for a number of processes."""
+
+    def make(key, engine, world=1, **fields):
+        parallel = fields.pop("parallel", {})
+        if engine == "hsdp":
+            parallel = {"hsdp_shard_size": SHARD_SIZE[world], **parallel}
+        return worker.Job(key, engine, parallel=parallel, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def single(worker, job, tmp_path_factory):
+    """One plain process: the numbers that every engine must give."""
+    jobs = [job(model, "single", model=model, steps=8) for model in MODELS]
+    jobs += [job(f"{model}-bf16", "single", model=model, steps=4, compute="bf16") for model in MODELS]
+    jobs += [job("whole-batch", "single", model="hybrid", steps=8, micro=12)]
+    jobs += [job("skip", "single", model="hybrid", steps=4, skip=[0, 2])]
+    jobs += [job("muon", "single", model="hybrid", steps=4, optim={"name": "muon"})]
+    return worker.run_jobs(1, jobs, tmp_path_factory.mktemp("single"))
+
+
+@pytest.fixture(scope="session")
+def two(worker, job, tmp_path_factory):
+    """Every engine and model on two processes, in fp32 and in bf16, and single settings on one model."""
+    jobs = [job(f"{e}-{m}", e, 2, model=m, steps=8) for e in ENGINES for m in MODELS]
+    jobs += [job(f"{e}-{m}-bf16", e, 2, model=m, steps=4, compute="bf16") for e in ENGINES for m in MODELS]
+    jobs += [job(f"{e}-skip", e, 2, model="hybrid", steps=4, skip=[0, 2]) for e in ENGINES]
+    for mode in ("block", "selective"):
+        parallel = {"activation_checkpointing": mode}
+        jobs += [job(f"{e}-{mode}", e, 2, model="hybrid", steps=3, parallel=parallel) for e in ("ddp", "fsdp2", "zero2", "zero3")]
+    jobs += [job(f"{e}-offload", e, 2, model="hybrid", steps=3, parallel={"cpu_offload": True}) for e in ("fsdp2", "zero2", "zero3")]
+    jobs += [job("fsdp2-kept", "fsdp2", 2, model="hybrid", steps=3, parallel={"reshard_after_forward": False})]
+    jobs += [job("fsdp2-muon", "fsdp2", 2, model="hybrid", steps=4, optim={"name": "muon"})]
+    return worker.run_jobs(2, jobs, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="session")
+def three(worker, job, tmp_path_factory):
+    """Shards of unequal size, some of them empty."""
+    jobs = [job(f"{e}-{m}", e, 3, model=m, steps=3) for e in ENGINES for m in ("mamba1", "hybrid")]
+    return worker.run_jobs(3, jobs, tmp_path_factory.mktemp("three"))
+
+
+@pytest.fixture(scope="session")
+def four(worker, job, tmp_path_factory):
+    """Four processes: hsdp is a 2 x 2 mesh, ZeRO++ hpZ has groups of 2."""
+    jobs = [job(f"{e}-hybrid", e, 4, model="hybrid", steps=3) for e in ENGINES]
+    jobs += [job("hpz-hybrid", "zero3", 4, model="hybrid", steps=3, parallel={"zero_hpz_partition_size": 2})]
+    return worker.run_jobs(4, jobs, tmp_path_factory.mktemp("four"))

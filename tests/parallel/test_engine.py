@@ -1,0 +1,90 @@
+"""The engine contract: whatever spreads the model, the numbers are those of one plain process."""
+
+from __future__ import annotations
+
+import pytest
+
+ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
+MODELS = ("mamba1", "mamba2", "hybrid")
+CONTRACT = pytest.mark.parametrize(("engine", "model"), [(e, m) for e in ENGINES for m in MODELS])
+# fp32 sums in another order; 20 steps stay within 1e-6 in practice.
+FP32 = 1e-5
+# bf16 has 8 bits: a weight gradient rounded per micro-batch in another order moves the loss by less than one unit in the last place.
+BF16 = 2.0**-8
+
+
+def close(found, expected, tolerance):
+    return found == pytest.approx(expected[: len(found)], rel=tolerance)
+
+
+@CONTRACT
+def test_losses_and_norms_are_those_of_one_process(single, two, engine, model):
+    run, reference = two[f"{engine}-{model}"], single[model]
+    assert close(run["losses"], reference["losses"], FP32)
+    assert close(run["norms"], reference["norms"], FP32)
+    assert run["evaluated"] == pytest.approx(reference["evaluated"], rel=FP32)
+    assert run["losses"][-1] < run["losses"][0] - 0.2, "the model must learn, or equal losses say little"
+
+
+@CONTRACT
+def test_initial_weights_are_the_same_bits(single, two, engine, model):
+    assert two[f"{engine}-{model}"]["init"] == single[model]["init"]
+
+
+@CONTRACT
+def test_bf16_computes_projections_and_spares_the_delicate(single, two, engine, model):
+    run = two[f"{engine}-{model}-bf16"]
+    assert run["dtypes"] == {"delicate": ["torch.float32"], "projected": ["torch.bfloat16"]}
+    assert close(run["losses"], single[f"{model}-bf16"]["losses"], BF16)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_bf16_differs_from_fp32(single, model):
+    """Otherwise the test above would hold for an engine that ignores the setting."""
+    assert single[f"{model}-bf16"]["losses"] != single[model]["losses"][:4]
+
+
+@pytest.mark.parametrize("model", ["mamba1", "hybrid"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_three_processes_with_uneven_shards(single, three, engine, model):
+    run = three[f"{engine}-{model}"]
+    assert close(run["losses"], single[model]["losses"], FP32)
+    assert close(run["norms"], single[model]["norms"], FP32)
+    assert run["init"] == single[model]["init"]
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "hpz"])
+def test_four_processes(single, four, engine):
+    run = four[f"{engine}-hybrid"]
+    assert close(run["losses"], single["hybrid"]["losses"], FP32)
+    assert close(run["norms"], single["hybrid"]["norms"], FP32)
+
+
+def test_accumulation_does_not_change_the_loss(single):
+    """Micro-batches hold between 9 and 32 valid tokens: a mean of their means would be another number."""
+    assert close(single["hybrid"]["losses"], single["whole-batch"]["losses"], FP32)
+    assert close(single["hybrid"]["norms"], single["whole-batch"]["norms"], FP32)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_skipped_step_leaves_no_trace(single, two, engine):
+    run = two[f"{engine}-skip"]
+    assert run["skipped"] == single["skip"]["skipped"] == [True, False, True, False]
+    assert close(run["losses"], single["skip"]["losses"], FP32)
+    assert close(run["norms"], single["skip"]["norms"], FP32)
+
+
+@pytest.mark.parametrize("mode", ["block", "selective"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_recomputing_changes_nothing(single, two, engine, mode):
+    assert close(two[f"{engine}-{mode}"]["losses"], single["hybrid"]["losses"], FP32)
+
+
+@pytest.mark.parametrize("key", ["fsdp2-offload", "zero2-offload", "zero3-offload", "fsdp2-kept"])
+def test_where_state_lies_changes_nothing(single, two, key):
+    assert close(two[key]["losses"], single["hybrid"]["losses"], FP32)
+    assert close(two[key]["norms"], single["hybrid"]["norms"], FP32)
+
+
+def test_muon_on_sharded_weights(single, two):
+    assert close(two["fsdp2-muon"]["losses"], single["muon"]["losses"], 1e-4)

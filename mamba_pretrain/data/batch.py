@@ -41,7 +41,7 @@ class Batch:
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """A batch of changed tensors."""
         labels = change(self.labels)
-        n_valid = self.n_valid if labels.shape == self.labels.shape else int((labels != IGNORE).sum())
+        n_valid = self.n_valid if labels.shape == self.labels.shape else int(np.count_nonzero(labels.numpy() != IGNORE))
         return Batch(change(self.tokens), labels, change(self.seq_idx), change(self.positions), n_valid, change(self.sample_ids))
 
     @classmethod

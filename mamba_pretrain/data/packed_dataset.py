@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -43,24 +43,18 @@ class TokenStream:
 
     def read(self, first: np.ndarray, buffers: Sequence[memoryview]) -> None:
         """Fills ``buffers[i]`` (bytes, whole tokens) with the tokens from ``first[i]`` on; a range may reach over several shards."""
+        base, itemsize = self._token_base, self.dtype.itemsize
         files, offsets, parts = [], [], []
         for start, buffer in zip(first.tolist(), buffers, strict=True):
-            for shard, offset, part in self._pieces(start, buffer):
+            shard = self._shard(start)
+            while len(buffer):
                 files.append(shard)
-                offsets.append(offset)
-                parts.append(part)
+                offsets.append((start - base[shard]) * itemsize)
+                parts.append(buffer[: (base[shard + 1] - start) * itemsize])
+                buffer = buffer[len(parts[-1]) :]
+                shard += 1
+                start = base[shard]
         self._storage.read(files, offsets, parts)
-
-    def _pieces(self, first: int, buffer: memoryview) -> Iterator[tuple[int, int, memoryview]]:
-        """(shard, byte offset, part of the buffer) of the range of tokens from ``first`` on."""
-        base, itemsize = self._token_base, self.dtype.itemsize
-        shard = self._shard(first)
-        while len(buffer):
-            room = (base[shard + 1] - first) * itemsize
-            yield shard, (first - base[shard]) * itemsize, buffer[:room]
-            buffer = buffer[room:]
-            shard += 1
-            first = base[shard]
 
     def document_starts(self, documents: np.ndarray) -> np.ndarray:
         """First token (m,) of each document (m,)."""
@@ -73,16 +67,15 @@ class TokenStream:
     def starts_within(self, first: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Documents that begin after token ``first[i]`` and at or before ``first[i] + length[i]``: (i, tokens past ``first[i]``), each (k,)."""
         rows: list[int] = []
-        counts: list[int] = []
-        found: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+        tokens: list[int] = []
         for row, (begin, span) in enumerate(zip(first.tolist(), length.tolist(), strict=True)):
             for shard in range(self._shard(begin), self._shard(min(begin + span, self.n_tokens - 1)) + 1):
                 base = self._token_base[shard]
-                starts = self._starts[shard].within(begin - base, begin + span - base)
-                rows.append(row)
-                counts.append(len(starts))
-                found.append(starts + (base - begin))
-        return np.repeat(np.array(rows, dtype=np.int64), counts), np.concatenate(found)
+                found = self._starts[shard].within(begin - base, begin + span - base)
+                tokens += [base + token for token in found]
+                rows += [row] * len(found)
+        where = np.array(rows, dtype=np.int64)
+        return where, np.array(tokens, dtype=np.int64) - first[where]
 
     def _shard(self, token: int) -> int:
         return bisect_right(self._token_base, token) - 1
@@ -125,14 +118,15 @@ class _DocumentStarts:
         """First token of a document, within the shard."""
         return self._view[document] // self._itemsize
 
-    def within(self, first: int, last: int) -> np.ndarray:
-        """First tokens (k,) of the documents that begin after token ``first`` and at or before ``last``, within the shard."""
-        begin = upper_bound(self._view, first * self._itemsize, self._end) if first >= 0 else 0
-        key, step, end = last * self._itemsize, 1, begin
-        while end < len(self._view) and self._view[end] <= key:
+    def within(self, first: int, last: int) -> list[int]:
+        """First tokens of the documents that begin after token ``first`` and at or before ``last``, within the shard."""
+        view, itemsize = self._view, self._itemsize
+        begin = upper_bound(view, first * itemsize, self._end) if first >= 0 else 0
+        key, step, end = last * itemsize, 1, begin
+        while end < len(view) and view[end] <= key:
             end, step = end + step, 2 * step
-        end = bisect_right(self._view, key, begin, min(end, len(self._view)))
-        return self._pointers[begin:end] // self._itemsize
+        end = bisect_right(view, key, begin, min(end, len(view)))
+        return [pointer // itemsize for pointer in view[begin:end]]
 
     def lengths(self) -> np.ndarray:
         """Tokens (n,) of each document."""

@@ -35,7 +35,8 @@ class LocalStorage:
     def __init__(self, paths: Sequence[Path], ahead: int) -> None:
         self.paths = list(paths)
         self.ahead = ahead
-        self._descriptors = [os.open(path, os.O_RDONLY) for path in self.paths]
+        self._files = [path.open("rb", buffering=0) for path in self.paths]
+        self._descriptors = [file.fileno() for file in self._files]
         for descriptor in self._descriptors:
             _advise(descriptor, 0, 0, "POSIX_FADV_RANDOM")
 
@@ -54,9 +55,8 @@ class LocalStorage:
 
     def close(self) -> None:
         """Closes the files."""
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
+        for file in self._files:
+            file.close()
 
 
 def _advise(descriptor: int, offset: int, size: int, advice: str = "POSIX_FADV_WILLNEED") -> None:

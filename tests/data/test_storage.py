@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_more_shards_than_files_may_be_open(make_dataset, read_stream):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     config = DataConfig(path=str(folder), sequence_length=16, shuffle=False)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 50, hard))
         data = TrainingData(config, 5)
         batches = data.take(0, data.total_samples["data"])
         data.close()

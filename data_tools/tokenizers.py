@@ -27,8 +27,7 @@ BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>")
 class Tokenizer(ABC):
     """Text to token ids and back. ``eos_id`` ends a document; ``bos_id`` may begin one; both None if the tokenizer has none.
 
-    ``literals`` are the texts of control tokens: a document may contain them, and they stay text. ``normalization`` says what is done to text
-    before it is cut: nothing, Unicode's NFC, or something else.
+    ``normalization`` says what is done to letters before text is cut: nothing, Unicode's NFC, or something else.
     """
 
     kind: str
@@ -37,7 +36,6 @@ class Tokenizer(ABC):
     eos_id: int | None
     bos_id: int | None
     path: Path
-    literals: list[str]
     normalization: Literal["none", "nfc", "other"]
 
     @abstractmethod
@@ -47,6 +45,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control tokens are left out."""
+
+    def normalize(self, text: str) -> str:
+        """The text as it is before it is cut into tokens."""
+        return text
 
     @property
     @abstractmethod
@@ -95,8 +97,6 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
-        ids = range(self.vocab_size)
-        self.literals = [self._model.id_to_piece(i) for i in ids if self._model.is_control(i) or self._model.is_unknown(i)]
         self.normalization = "none" if self._model.normalize(PROBE).replace("\u2581", " ").strip() == PROBE else "other"
 
     @property
@@ -132,9 +132,7 @@ class HFTokenizer(Tokenizer):
         self._model.no_truncation()
         self._model.no_padding()
         self._version = f"tokenizers {tokenizers.__version__}"
-        description = json.loads(path.read_bytes())
-        self.literals = [token["content"] for token in description.get("added_tokens") or [] if token.get("special")]
-        self.normalization = _normalization(description.get("normalizer"))
+        self.normalization = _normalization(json.loads(path.read_bytes()).get("normalizer"))
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         described = self._described()
         self.eos_id = self._special(described.get("eos_token"), END_TOKENS)
@@ -156,6 +154,10 @@ class HFTokenizer(Tokenizer):
     def version(self) -> str:
         """See ``Tokenizer.version``."""
         return self._version
+
+    def normalize(self, text: str) -> str:
+        """See ``Tokenizer.normalize``."""
+        return self._model.normalizer.normalize_str(text) if self._model.normalizer else text
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See ``Tokenizer.encode_batch``."""

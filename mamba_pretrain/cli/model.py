@@ -70,15 +70,16 @@ def evaluate(
 
     Example: `mamba-pretrain evaluate runs/quickstart --unigram`
     """
-    from mamba_pretrain.scores import score_datasets
-    from mamba_pretrain.trained import open_trained
+    from mamba_pretrain.trained import open_trained, score_datasets
 
     trained = open_trained(run, step)
     for score in score_datasets(trained, data, batch_size, max_samples, _device(device), unigram):
         bits = "" if score.bits_per_byte is None else f"  {score.bits_per_byte:.4f} bits/byte"
         typer.echo(f"{score.name}: loss {score.loss:.4f} nats/token  perplexity {score.perplexity:.3f}{bits}  ({score.n_tokens:,} tokens)")
         if score.unigram is not None:
-            typer.echo(f"{score.name}: a unigram model has {score.unigram:.4f}; the model is {score.unigram - score.loss:.4f} nats under it")
+            typer.echo(
+                f"{score.name}: a unigram model has {score.unigram:.4f}; the model is {score.unigram - score.loss:.4f} nats under it"
+            )
 
 
 def export(

@@ -9,6 +9,7 @@ a block of chunks from the states before them, which are all that is kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class _Block:
         self.from_before = self._decay_from_before(a)  # (c, b, g, r, T): of the state before the chunk
         self.to_end = self.between[..., -1]  # (c, b, g, r, T): of an input in the state after the chunk
         self.mixing = self.between * (self.B @ self.C.transpose(-1, -2)).unsqueeze(3)  # (c, b, g, r, T, T), without dt
-        self.inputs = _by_head(self.x * _over_channels(self.dt))  # dt x
+        self.inputs = _by_head(self.x, self.dt)  # dt x
         self.weighted = _by_group(self.x, self.dt * self.to_end)  # dt x, decayed to the chunk's end
 
     def _decay_between(self, a: Tensor) -> Tensor:
@@ -68,9 +69,10 @@ class _Block:
         return _split(self.C @ state, self.x.shape[-1])
 
 
-def _by_head(x: Tensor) -> Tensor:
-    """(c, b, T, g, r, p) as (c, b, g, r, T, p), contiguous."""
-    return x.permute(0, 1, 3, 4, 2, 5).contiguous()
+def _by_head(x: Tensor, factor: Tensor) -> Tensor:
+    """x (c, b, T, g, r, p) times factor (c, b, g, r, T), contiguous as (c, b, g, r, T, p)."""
+    x = x.permute(0, 1, 3, 4, 2, 5)
+    return torch.mul(x, factor.unsqueeze(-1), out=x.new_empty(x.shape))
 
 
 def _by_group(x: Tensor, factor: Tensor) -> Tensor:
@@ -94,24 +96,23 @@ def _split(t: Tensor, p: int) -> Tensor:
     return t.unflatten(-1, (-1, p)).transpose(2, 3)
 
 
-def _carry(added: Tensor, decay: Tensor, state: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Turns what chunks add (c, b, g, n, r * p) into the states before each, in place; also returns the state after the last.
+def _carry(added: Tensor, decay: Tensor, state: Tensor, before: Tensor, reverse: bool = False) -> Tensor:
+    """Writes the states before each chunk to ``before``, given what chunks add (c, b, g, n, r * p); returns the state after the last.
 
     ``decay`` (c, b, g, r) is each chunk's. ``reverse`` runs backward in time, for adjoints.
     """
     factors = decay.repeat_interleave(added.shape[-1] // decay.shape[-1], dim=-1).unsqueeze(-2)
-    order = range(len(added))
-    for c in reversed(order) if reverse else order:
-        after = torch.addcmul(added[c], factors[c], state)
-        added[c] = state
-        state = after
-    return added, state
+    order = list(reversed(range(len(added)))) if reverse else list(range(len(added)))
+    before[order[0]] = state
+    for c, following in pairwise(order):
+        torch.addcmul(added[c], factors[c], before[c], out=before[following])
+    return torch.addcmul(added[order[-1]], factors[order[-1]], before[order[-1]])
 
 
-def _block_forward(block: _Block, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs, the states before each chunk, and the state after the block (b, g, n, r * p)."""
-    before, final = _carry(block.B.transpose(-1, -2) @ block.weighted, block.from_before[..., -1], initial)
-    return block.outputs(before), before, final
+def _block_forward(block: _Block, initial: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs and the state after the block (b, g, n, r * p); writes the states before each chunk to ``before``."""
+    final = _carry(block.B.transpose(-1, -2) @ block.weighted, block.from_before[..., -1], initial, before)
+    return block.outputs(before), final
 
 
 @dataclass
@@ -129,9 +130,10 @@ class _BlockGradients:
 def _block_backward(block: _Block, before: Tensor, dy: Tensor, dfinal: Tensor) -> _BlockGradients:
     """From ``dy`` (c, b, T, g, r, p) and the gradient of the state after the block (b, g, n, r * p)."""
     decayed = _by_group(dy, block.from_before)
-    after, dinitial = _carry(block.C.transpose(-1, -2) @ decayed, block.from_before[..., -1], dfinal, reverse=True)
+    after = torch.empty_like(before)
+    dinitial = _carry(block.C.transpose(-1, -2) @ decayed, block.from_before[..., -1], dfinal, after, reverse=True)
     # Through the chunk's own matrix, then through the states it reads and writes.
-    dy_heads = _by_head(dy)
+    dy_heads = dy.permute(0, 1, 3, 4, 2, 5).contiguous()
     dmixing = block.inputs @ dy_heads.transpose(-1, -2)
     dsums = dmixing * block.mixing
     dscores = dmixing.mul_(block.between).sum(3)
@@ -248,7 +250,7 @@ def _forward(ops: _Operands, initial_state: Tensor | None) -> tuple[Tensor, Tens
     y, final, before = ops.empty_outputs()
     state = ops.state_in(torch.zeros_like(final) if initial_state is None else initial_state)
     for time, chunks in ops.blocks():
-        out, before[chunks], state = _block_forward(ops.block(time), state)
+        out, state = _block_forward(ops.block(time), state, before[chunks])
         out = _with_skip(ops, time, ops.to_time(out, time).flatten(2, 3))
         y[:, time] = out if ops.z is None else out * F.silu(ops.z[:, time].float())
     return y, final.copy_(ops.state_out(state)), before

@@ -32,20 +32,21 @@ def train(config: str, run_dir: Path, overrides: list[str]) -> list[dict[str, An
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def common(data: Path, steps: int, batch: int) -> list[str]:
-    """Overrides shared by all runs here."""
+def common(data: Path, steps: int, batch: int, isolate: bool) -> list[str]:
+    """Overrides shared by all runs here. mamba_ssm's Mamba-1 kernels need ``isolate`` off."""
     overrides = [f"data.sources=[{{path: {data}}}]", f"train.steps={steps}", "train.tokens=null", "monitor.log_every=1"]
     overrides += ["monitor.wandb.mode=disabled", "checkpoint.every_steps=null", "evaluation.every_steps=null", "evaluation.at_end=true"]
     vocabulary = json.loads((data / "manifest.json").read_text())["tokenizer"]["vocab_size"]
     overrides.append(f"model.vocab_size={vocabulary}")
+    overrides.append(f"data.isolate_documents={str(isolate).lower()}")
     return [*overrides, f"train.global_batch_size={batch}", "train.global_batch_tokens=null", "evaluation.max_samples=64"]
 
 
-def loss_curves(data: Path, steps: int, scratch: Path) -> dict[str, Any]:
+def loss_curves(data: Path, steps: int, scratch: Path, isolate: bool) -> dict[str, Any]:
     """300 steps of each model with the fused kernels: curves and speed."""
     found: dict[str, Any] = {}
     for name, config in MODELS.items():
-        overrides = [*common(data, steps, 32), "train.micro_batch_size=16", "optim.lr=1.5e-3"]
+        overrides = [*common(data, steps, 32, isolate), "train.micro_batch_size=16", "optim.lr=1.5e-3"]
         rows = train(config, scratch / name, overrides)
         steady = [row for row in rows if row["kind"] == "train"]
         tail = steady[len(steady) // 5 :]
@@ -61,11 +62,17 @@ def loss_curves(data: Path, steps: int, scratch: Path) -> dict[str, Any]:
     return found
 
 
-def agreement(data: Path, scratch: Path) -> dict[str, Any]:
+def agreement(data: Path, scratch: Path, isolate: bool) -> dict[str, Any]:
     """20 steps with the reference implementations against 20 with what the resolver picks; bf16, same seed, same data."""
     found: dict[str, Any] = {}
     for name, config in MODELS.items():
-        shared = [*common(data, 20, 8), "train.micro_batch_size=4", "evaluation.at_end=false", "data.sequence_length=1024", "optim.lr=6e-4"]
+        shared = [
+            *common(data, 20, 8, isolate),
+            "train.micro_batch_size=4",
+            "evaluation.at_end=false",
+            "data.sequence_length=1024",
+            "optim.lr=6e-4",
+        ]
         curves = {}
         for kind, extra in {"fused": [], "reference": ["ops.require=reference"]}.items():
             rows = train(config, scratch / f"{name}-{kind}", shared + extra)
@@ -99,6 +106,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--share-state", action="store_true", help="let documents share state: what mamba_ssm's Mamba-1 kernels need")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.check:
@@ -108,8 +116,9 @@ def main() -> None:
             parser.error("--data DATASET is needed to run; --check reads the newest record")
         with tempfile.TemporaryDirectory() as scratch:
             payload = {
-                "training": loss_curves(arguments.data.resolve(), arguments.steps, Path(scratch)),
-                "agreement": agreement(arguments.data.resolve(), Path(scratch)),
+                "isolate_documents": not arguments.share_state,
+                "training": loss_curves(arguments.data.resolve(), arguments.steps, Path(scratch), not arguments.share_state),
+                "agreement": agreement(arguments.data.resolve(), Path(scratch), not arguments.share_state),
             }
         import torch  # noqa: F401  (names the device)
 

@@ -66,8 +66,9 @@ def write_segments(path: Path, segments: list[Segment]) -> FileRecord:
     text += b" " * (-len(text) % 8)  # the format asks for aligned data
     digest = xxhash.xxh3_128()
     begin = 8 + len(text)
+    blocks: list[Any] = [struct.pack("<Q", len(text)), text, *(s.data.numpy().view(np.uint8) for s in segments)]
     with path.open("wb") as file:
-        for block in (struct.pack("<Q", len(text)), text, *(s.data.numpy().view(np.uint8).data for s in segments)):
+        for block in blocks:
             file.write(block)
             digest.update(block)
         file.flush()

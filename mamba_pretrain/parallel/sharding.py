@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -9,33 +11,39 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from mamba_pretrain.models.block import Block
 from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.models.mixer import ParameterPolicy
 from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
 
 
 def shard(model: LanguageModel, mesh: DeviceMesh, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
-    """Applies ``fully_shard``, one group per block for the modules that may compute in bf16, and one root group for the rest.
+    """Applies ``fully_shard``: one group per block for its projections, and one root group for the rest.
 
-    FSDP2 casts a whole group, so A_log, D, dt_bias and the norms (``fp32=True``) must not share one with projections. They are small: the root
-    group holds them in fp32, with the embedding, and stays gathered from the first block's forward to the last one's backward. Gradients are
-    summed in ``parallel.reduce_dtype``.
+    FSDP2 casts a whole group, so A_log, D, dt_bias and the norms (``fp32=True``) must not share one with projections. What is not a projection
+    is small: the root group holds it in fp32, with the embedding, and stays gathered from the first block's forward to the last one's
+    backward. A group casts exactly what autocast would, so that every engine computes the same. Gradients are summed in
+    ``parallel.reduce_dtype``.
     """
-    policies = model.parameter_policies()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     compute = torch.bfloat16 if precision.compute == "bf16" else None
     reduce = torch.bfloat16 if parallel.reduce_dtype == "bf16" else torch.float32
-    offload: OffloadPolicy = CPUOffloadPolicy() if parallel.cpu_offload else OffloadPolicy()
+    pinned = torch.cuda.is_available()
+    offload: OffloadPolicy = CPUOffloadPolicy(pin_memory=pinned) if parallel.cpu_offload else OffloadPolicy()
     low = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for block in model.blocks():
-        group = [module for module in block.modules() if _may_be_low(module, names, policies)]
+    policies = model.parameter_policies()
+    for name, block in model.named_modules():
+        if not isinstance(block, Block):
+            continue
+        group = [module for path, module in block.named_modules() if is_projection(f"{name}.{path}", module, policies)]
         fully_shard(group, mesh=mesh, mp_policy=low, reshard_after_forward=parallel.reshard_after_forward, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=full, reshard_after_forward=False, offload_policy=offload)
 
 
-def _may_be_low(module: nn.Module, names: dict[int, str], policies: dict) -> bool:
-    own = [names[id(parameter)] for parameter in module.parameters(recurse=False)]
-    return bool(own) and not any(policies[name].fp32 for name in own)
+def is_projection(name: str, module: nn.Module, policies: Mapping[str, ParameterPolicy]) -> bool:
+    """Whether ``module`` is a linear layer none of whose parameters must be used in fp32."""
+    own = [policies[f"{name}.{attribute}"] for attribute, _ in module.named_parameters(recurse=False)]
+    return isinstance(module, nn.Linear) and not any(policy.fp32 for policy in own)
 
 
 def local_part(tensor: DTensor) -> tuple[Tensor, int]:

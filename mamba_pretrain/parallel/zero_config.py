@@ -35,7 +35,7 @@ def zero_config(stage: int, parallel: ParallelConfig, precision: PrecisionConfig
     if parallel.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # DeepSpeed communicates the gradients (stage 3: the weights too) of the classes named here in bf16.
-    low = ["torch.nn.Linear", "mamba_pretrain.models.modules.CausalConv1d"] if parallel.reduce_dtype == "bf16" else []
+    low = ["torch.nn.Linear"] if parallel.reduce_dtype == "bf16" else []
     autocast = {"enabled": precision.compute == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": low}
     config = {
         "train_micro_batch_size_per_gpu": 1,  # batches are ours; DeepSpeed only divides by these

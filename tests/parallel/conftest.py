@@ -41,7 +41,7 @@ def job(worker):
 def single(worker, job, tmp_path_factory):
     """One plain process: the numbers that every engine must give."""
     jobs = [job(model, "single", model=model, steps=8) for model in MODELS]
-    jobs += [job(f"{model}-bf16", "single", model=model, steps=4, compute="bf16") for model in MODELS]
+    jobs += [job(f"{model}-bf16", "single", model=model, steps=2, compute="bf16") for model in MODELS]
     jobs += [job("whole-batch", "single", model="hybrid", steps=8, micro=12)]
     jobs += [job("skip", "single", model="hybrid", steps=4, skip=[0, 2])]
     jobs += [job("muon", "single", model="hybrid", steps=4, optim={"name": "muon"})]
@@ -52,11 +52,11 @@ def single(worker, job, tmp_path_factory):
 def two(worker, job, tmp_path_factory):
     """Every engine and model on two processes, in fp32 and in bf16, and single settings on one model."""
     jobs = [job(f"{e}-{m}", e, 2, model=m, steps=8) for e in ENGINES for m in MODELS]
-    jobs += [job(f"{e}-{m}-bf16", e, 2, model=m, steps=4, compute="bf16") for e in ENGINES for m in MODELS]
+    jobs += [job(f"{e}-{m}-bf16", e, 2, model=m, steps=2, compute="bf16") for e in ENGINES for m in MODELS]
     jobs += [job(f"{e}-skip", e, 2, model="hybrid", steps=4, skip=[0, 2]) for e in ENGINES]
     for mode in ("block", "selective"):
         parallel = {"activation_checkpointing": mode}
-        jobs += [job(f"{e}-{mode}", e, 2, model="hybrid", steps=3, parallel=parallel) for e in ("ddp", "fsdp2", "zero2", "zero3")]
+        jobs += [job(f"{e}-{mode}", e, 2, model="hybrid", steps=2, parallel=parallel) for e in ("ddp", "fsdp2", "zero2", "zero3")]
     jobs += [job(f"{e}-offload", e, 2, model="hybrid", steps=3, parallel={"cpu_offload": True}) for e in ("fsdp2", "zero2", "zero3")]
     jobs += [job("fsdp2-kept", "fsdp2", 2, model="hybrid", steps=3, parallel={"reshard_after_forward": False})]
     jobs += [job("fsdp2-muon", "fsdp2", 2, model="hybrid", steps=4, optim={"name": "muon"})]

@@ -9,8 +9,8 @@ MODELS = ("mamba1", "mamba2", "hybrid")
 CONTRACT = pytest.mark.parametrize(("engine", "model"), [(e, m) for e in ENGINES for m in MODELS])
 # fp32 sums in another order; 20 steps stay within 1e-6 in practice.
 FP32 = 1e-5
-# bf16 has 8 bits: a weight gradient rounded per micro-batch in another order moves the loss by less than one unit in the last place.
-BF16 = 2.0**-8
+# Gradients are rounded to bf16 (2**-9 relative) per micro-batch, in another order under ZeRO; the loss averages over thousands of them.
+BF16 = 2e-4
 
 
 def close(found, expected, tolerance):
@@ -41,7 +41,7 @@ def test_bf16_computes_projections_and_spares_the_delicate(single, two, engine, 
 @pytest.mark.parametrize("model", MODELS)
 def test_bf16_differs_from_fp32(single, model):
     """Otherwise the test above would hold for an engine that ignores the setting."""
-    assert single[f"{model}-bf16"]["losses"] != single[model]["losses"][:4]
+    assert single[f"{model}-bf16"]["losses"] != single[model]["losses"][:2]
 
 
 @pytest.mark.parametrize("model", ["mamba1", "hybrid"])

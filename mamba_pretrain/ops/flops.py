@@ -47,6 +47,16 @@ def _(dy: Any, dfinal: Any, u: Any, delta: Any, A: Any, *args: Any, out_shape: A
     return 2 * selective_scan_flops(u[0] * u[1], u[2], A[1])
 
 
+@register_flop_formula(_ops.cuda_scan_forward)
+def _(u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return selective_scan_flops(u[0] * u[1], u[2], A[1])
+
+
+@register_flop_formula(_ops.cuda_scan_backward)
+def _(dy: Any, dfinal: Any, u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * selective_scan_flops(u[0] * u[1], u[2], A[1])
+
+
 @register_flop_formula(_ops.ssd_scan_forward)
 def _(x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return ssd_scan_flops(x[0] * x[1], x[1], args[-3], x[2], x[3], B[2], B[3])

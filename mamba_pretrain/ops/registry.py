@@ -32,6 +32,7 @@ PROVIDERS = (
     "cross_entropy",
     "official",
     "triton_norm",
+    "cuda_scan",
     "flops",
 )
 

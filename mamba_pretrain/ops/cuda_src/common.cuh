@@ -193,10 +193,11 @@ DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory");
 // VECTOR: rows are whole, aligned 16-byte chunks and arrive asynchronously.
 template <bool VECTOR, int ROWS, int COLS, int PITCH, int THREADS>
 DEVICE void copy_tile(scalar_t* tile, const scalar_t* global, long long row_stride, int rows, int cols, int thread) {
-    constexpr int CHUNK = VECTOR ? 16 / sizeof(scalar_t) : 1, A_ROW = COLS / CHUNK;
+    constexpr int CHUNK = VECTOR ? 16 / sizeof(scalar_t) : 1, A_ROW = COLS / CHUNK, COUNT = ROWS * A_ROW;
 #pragma unroll
-    for (int v = thread; v < ROWS * A_ROW; v += THREADS) {
-        const int row = v / A_ROW, col = v % A_ROW * CHUNK;
+    for (int i = 0; i < (COUNT + THREADS - 1) / THREADS; ++i) {
+        const int v = thread + i * THREADS, row = v / A_ROW, col = v % A_ROW * CHUNK;
+        if (COUNT % THREADS != 0 && v >= COUNT) break;
         const bool inside = row < rows && col < cols;
         const scalar_t* source = inside ? global + row * row_stride + col : global;
         if constexpr (VECTOR) {

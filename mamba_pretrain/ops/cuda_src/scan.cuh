@@ -3,7 +3,7 @@
 // A quad of lanes owns CPT channels; each of its lanes holds NPT = STATES / 4 of the states of every one of them. A warp therefore
 // covers 8 * CPT channels and walks along the sequence in tiles of TILE steps.
 //
-// Specialised by the macros STATES (8, 16, 32, 64), WARPS (a block), MIN_BLOCKS (a multiprocessor), HAS_Z, HAS_SEQ (documents),
+// Specialised by the macros STATES (8, 16, 32, 64), LANE_CHANNELS (CPT: 1, 2 or 4), WARPS (a block), MIN_BLOCKS (a multiprocessor), HAS_Z, HAS_SEQ (documents),
 // VECTOR_BC (rows of B and C are whole, aligned 16-byte chunks) and POLYNOMIAL_EVERY (each such decay is computed on the FMA pipe; 0: none).
 #pragma once
 #include "common.cuh"
@@ -12,7 +12,7 @@ constexpr int QUAD = 4;
 constexpr int QUADS = 8;
 constexpr int TILE = 16;  // steps between checkpoints
 constexpr int NPT = STATES / QUAD;
-constexpr int CPT = STATES <= 16 ? 4 : 64 / STATES;
+constexpr int CPT = LANE_CHANNELS;
 constexpr int WARP_CHANNELS = QUADS * CPT;
 constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
 constexpr int THREADS = WARPS * 32;
@@ -88,7 +88,7 @@ struct DocumentStarts {
 #endif
 };
 
-// Four channels of one step: softplus(delta + bias) and what multiplies B, softplus(delta + bias) * u.
+// Four channels of one step: softplus(delta + bias).
 DEVICE void time_steps(const scalar_t* raw_delta, const float (&bias)[4], float (&delta)[4]) {
     load<4>(raw_delta, delta);
 #pragma unroll

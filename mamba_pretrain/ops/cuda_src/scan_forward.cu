@@ -55,7 +55,8 @@ struct ForwardWarp {
         const int channel = lane % LANES_A_ROW * 4;
         const bool special = starts != 0 || valid < TILE;
 #pragma unroll
-        for (int step = lane / LANES_A_ROW; step < TILE; step += 32 / LANES_A_ROW) {
+        for (int pass = 0; pass < TILE; pass += 32 / LANES_A_ROW) {
+            const int step = pass + lane / LANES_A_ROW;
             float delta[4], u[4];
             time_steps(&tile.delta[stage][step][channel], bias, delta);
             load<4>(&tile.u[stage][step][channel], u);
@@ -66,10 +67,10 @@ struct ForwardWarp {
             store<4>(&tile.input[step][channel], u);
         }
 #pragma unroll
-        for (int v = lane * 4; v < TILE * 2 * STATES; v += 32 * 4) {
+        for (int v = 0; v < TILE * 2 * STATES; v += 32 * 4) {
             float x[4];
-            load<4>(&tile.bc[stage][0][v], x);
-            store<4>(&tile.bc_float[0][v], x);
+            load<4>(&tile.bc[stage][0][v + lane * 4], x);
+            store<4>(&tile.bc_float[0][v + lane * 4], x);
         }
     }
 
@@ -179,3 +180,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
                 store<NPT>(p.final_state + (offset_t(batch) * p.channels + channel + c) * STATES + part * NPT, h[c]);
     }
 }
+
+extern "C" __device__ const int scan_forward_shared_bytes = WARPS * sizeof(ForwardTile);

@@ -1,0 +1,461 @@
+// Backward pass of the selective scan, from the last tile of 16 steps to the first.
+//
+//   g_t = C_t dy_t + a_{t+1} g_{t+1}   (gradient of state_t; a_t = exp(delta_t A); dy is the gradient before skip and gate)
+//   d(delta u)_t = sum_n g B      dB_t = sum_d g delta u      dC_t = sum_d dy state_t
+//   dA = sum_t a_t g_t state_{t-1} delta_t                    d delta_t = u d(delta u) + sum_n a_t g_t state_{t-1} A
+//
+// Per tile, from the state kept before it:
+//   1. activations become floats in shared memory; each warp for its own channels, B and C for the whole block;
+//   2. the states before each SUB steps are rebuilt and set aside in shared memory;
+//   3. from the last SUB steps to the first: decays and states in registers, C . state and dC on the way forward, the adjoint
+//      recurrence and everything else on the way back. Sums over a channel's states run on the tensor cores (quad_sum) and leave
+//      each lane with whole steps, which it finishes and stores in vectors;
+//   4. sums over channels (dB, dC) are exchanged between lanes, collected per block, and added over blocks by scan_reduce.
+//
+// No atomics: every sum has a fixed order. The states of a lane are permuted by its quad number (slot n holds state n ^ twist), so
+// that halving exchanges between quads send one register and keep another without choosing; B and C lie in shared memory once per twist.
+#include "scan.cuh"
+
+constexpr int SUB = 4;                           // steps whose decays and states are in registers
+constexpr int SUBS = TILE / SUB;
+constexpr int TWISTS = NPT < 4 ? NPT : 4;        // ways in which slots are permuted
+constexpr int KEPT = NPT / TWISTS;               // sums of a lane that are left after the exchanges without choice
+constexpr int RECEIVERS = SUB / STEPS_A_LANE;      // lanes of a quad that finish steps of a group of SUB
+constexpr int VECTOR = NPT < 4 ? NPT : 4;
+constexpr int STATE_VECTORS = CPT * NPT / VECTOR;
+static_assert(SUB % STEPS_A_LANE == 0, "a lane finishes whole steps of one group");
+
+struct BackwardParams {
+    Rows u, delta, z, B, C, dout, du, ddelta, dz;
+    const float *A, *D, *delta_bias;
+    const int* seq_idx;
+    const float* checkpoints;  // (batch, tiles, channels, states)
+    const float* dreceived;    // (batch, segments, channels, states) or null: gradient of the state after each segment
+    float* dinitial;           // (batch, channels, states) or null
+    float* dBC;                // (batch, blocks, 2, length, states): dB and dC of a block's channels
+    float* dA;                 // (batch, segments, channels, states)
+    float* dD;                 // (batch, segments, channels)
+    float* dbias;              // (batch, segments, channels)
+    int length, channels;
+    Segments segments;
+};
+
+struct BackwardWarp {  // a warp's shared memory
+    scalar_t u[2][TILE][WARP_CHANNELS];
+    scalar_t delta[2][TILE][WARP_CHANNELS];
+    scalar_t dout[2][TILE][WARP_CHANNELS];
+#if HAS_Z
+    scalar_t z[2][TILE][WARP_CHANNELS];
+#endif
+    float time_step[TILE][WARP_CHANNELS];
+    float input[TILE][WARP_CHANNELS];
+    float dy[TILE][WARP_CHANNELS];
+    float dBC[2][TILE][STATES];
+    float states[SUBS][STATE_VECTORS][32][VECTOR];  // before each SUB steps, one lane's side by side
+    float sums[2][32][CPT];                         // of dD and dbias, a lane's share
+    float D[WARP_CHANNELS];
+    float bias[WARP_CHANNELS];
+};
+
+struct BackwardBlock {
+    scalar_t bc[2][TILE][2 * STATES];
+    float B[TILE][TWISTS][STATES];
+    float C[TILE][TWISTS][STATES];
+    BackwardWarp warps[WARPS];
+};
+
+struct Backward {
+    const BackwardParams& p;
+    BackwardBlock& block;
+    BackwardWarp& tile;
+    const int batch, channel0, lane;
+
+    DEVICE int quad() const { return lane >> 2; }
+    DEVICE int part() const { return lane & 3; }
+    DEVICE int twist() const { return quad() % TWISTS; }
+    DEVICE int own() const { return quad() * CPT; }
+
+    DEVICE void issue(int start, int end, int stage) const {
+        const int rows = end - start, cols = p.channels - channel0;
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.u[stage][0], p.u.at(batch, start) + channel0, p.u.row_stride, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.delta[stage][0], p.delta.at(batch, start) + channel0, p.delta.row_stride, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.dout[stage][0], p.dout.at(batch, start) + channel0, p.dout.row_stride, rows, cols, lane);
+#if HAS_Z
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z[stage][0], p.z.at(batch, start) + channel0, p.z.row_stride, rows, cols, lane);
+#endif
+        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0], p.B.at(batch, start), p.B.row_stride, rows, STATES, threadIdx.x);
+        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0] + STATES, p.C.at(batch, start), p.C.row_stride, rows, STATES, threadIdx.x);
+        commit_copies();
+    }
+
+    // The state kept before a tile, to states[0], permuted. Only this lane reads it, so waiting for its own copies is enough.
+    DEVICE void issue_checkpoint(int start) const {
+        const offset_t tiles = (p.length + TILE - 1) / TILE;
+        const int channel = channel0 + own();
+        const float* checkpoint = p.checkpoints + ((batch * tiles + start / TILE) * p.channels + channel) * STATES + part() * NPT;
+#pragma unroll
+        for (int c = 0; c < CPT; ++c)
+#pragma unroll
+            for (int n = 0; n < NPT; ++n) {
+                const bool inside = channel + c < p.channels;
+                const int slot = c * NPT + n;
+                copy4_async(&tile.states[0][slot / VECTOR][lane][slot % VECTOR], inside ? checkpoint + c * STATES + (n ^ twist()) : p.checkpoints, inside);
+            }
+        commit_copies();
+    }
+
+    DEVICE void load_state(int sub, float (&h)[CPT][NPT]) const {
+#pragma unroll
+        for (int v = 0; v < STATE_VECTORS; ++v) {
+            float x[VECTOR];
+            load<VECTOR>(tile.states[sub][v][lane], x);
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) h[(v * VECTOR + i) / NPT][(v * VECTOR + i) % NPT] = x[i];
+        }
+    }
+
+    DEVICE void store_state(int sub, const float (&h)[CPT][NPT]) const {
+#pragma unroll
+        for (int v = 0; v < STATE_VECTORS; ++v) {
+            float x[VECTOR];
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) x[i] = h[(v * VECTOR + i) / NPT][(v * VECTOR + i) % NPT];
+            store<VECTOR>(tile.states[sub][v][lane], x);
+        }
+    }
+
+    // B and C as floats, once per twist. All threads of the block.
+    DEVICE void prepare_bc(int stage) const {
+        constexpr int VECTORS = 2 * STATES / VECTOR;
+#pragma unroll
+        for (int first = 0; first < TILE * VECTORS; first += THREADS) {
+            const int v = first + threadIdx.x, step = v / VECTORS, n = v % VECTORS * VECTOR;
+            if (TILE * VECTORS % THREADS != 0 && v >= TILE * VECTORS) break;
+            float x[VECTOR];
+            load<VECTOR>(&block.bc[stage][step][n], x);
+            float(*copies)[STATES] = n < STATES ? block.B[step] : block.C[step];
+#pragma unroll
+            for (int t = 0; t < TWISTS; ++t) {
+                float y[VECTOR];
+#pragma unroll
+                for (int i = 0; i < VECTOR; ++i) y[i] = x[i ^ t];
+                store<VECTOR>(&copies[t][n % STATES], y);
+            }
+        }
+    }
+
+    DEVICE void prepare(int stage, unsigned starts, int valid) const {
+        const int channel = lane % LANES_A_ROW * 4;
+        float bias[4];
+        load<4>(&tile.bias[channel], bias);
+        const bool special = starts != 0 || valid < TILE;
+#pragma unroll
+        for (int pass = 0; pass < TILE; pass += 32 / LANES_A_ROW) {
+            const int step = pass + lane / LANES_A_ROW;
+            float delta[4], u[4], dy[4];
+            time_steps(&tile.delta[stage][step][channel], bias, delta);
+            load<4>(&tile.u[stage][step][channel], u);
+            load<4>(&tile.dout[stage][step][channel], dy);
+#if HAS_Z
+            float z[4];
+            load<4>(&tile.z[stage][step][channel], z);
+#endif
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                u[i] *= delta[i];
+#if HAS_Z
+                dy[i] *= z[i] * sigmoid(z[i]);
+#endif
+            }
+            if (special) mark(delta, starts, step, valid);
+            store<4>(&tile.time_step[step][channel], delta);
+            store<4>(&tile.input[step][channel], u);
+            store<4>(&tile.dy[step][channel], dy);
+        }
+    }
+
+    // The states before each SUB steps but the first, from the one before the tile.
+    DEVICE void rebuild(const float (&rate)[CPT][NPT]) const {
+        float h[CPT][NPT];
+        load_state(0, h);
+#pragma unroll 1
+        for (int sub = 1; sub < SUBS; ++sub) {
+#pragma unroll
+            for (int i = 0; i < SUB; ++i) {
+                const int step = (sub - 1) * SUB + i;
+                float B[NPT], delta[CPT], input[CPT];
+                load<NPT>(&block.B[step][twist()][part() * NPT], B);
+                load<CPT>(&tile.time_step[step][own()], delta);
+                load<CPT>(&tile.input[step][own()], input);
+                unrolled<CPT>([&](auto c_) {
+                    constexpr int c = decltype(c_)::value;
+                    unrolled<NPT>([&](auto n_) {
+                        constexpr int n = decltype(n_)::value;
+                        h[c][n] = fmaf(decay<c * NPT + n>(delta[c], rate[c][n]), h[c][n], input[c] * B[n]);
+                    });
+                });
+            }
+            store_state(sub, h);
+        }
+    }
+
+    // Adds one step's contributions over the quads of a pair of lanes, of four quads if TWISTS allows; leaves KEPT sums.
+    DEVICE void exchange(float (&v)[NPT], float (&kept)[KEPT]) const {
+#pragma unroll
+        for (int bit = 1; bit < TWISTS; bit *= 2)
+#pragma unroll
+            for (int n = 0; n < NPT; ++n)
+                if (n % (2 * bit) == 0) v[n] += __shfl_xor_sync(FULL_WARP, v[n + bit], QUAD * bit);
+#pragma unroll
+        for (int k = 0; k < KEPT; ++k) kept[k] = v[k * TWISTS];
+    }
+
+    // Ends the sums over the quads of two adjacent steps; quads 0-3 keep the first, 4-7 the second.
+    DEVICE void collect(float (*sums)[STATES], int step, float (&first)[KEPT], float (&second)[KEPT]) const {
+        const bool upper = quad() >= 4;
+#pragma unroll
+        for (int k = 0; k < KEPT; ++k) {
+            float keep = upper ? second[k] : first[k];
+            keep += __shfl_xor_sync(FULL_WARP, upper ? first[k] : second[k], 16);
+            if constexpr (TWISTS < 4) keep += __shfl_xor_sync(FULL_WARP, keep, 8);
+            sums[step + upper][part() * NPT + k * TWISTS + twist()] = keep;
+        }
+    }
+
+    // Steps a lane received from the quad sums: du, d delta, dz, and the lane's share of dD and dbias.
+    DEVICE void finish(int stage, int start, int sub, int valid, const float (&y)[4], const float (&dinput)[4], const float (&dlog)[4]) const {
+        const int channel = own();
+        float D[CPT], dD[CPT], dbias[CPT];
+        load<CPT>(&tile.D[channel], D);
+        load<CPT>(tile.sums[0][lane], dD);
+        load<CPT>(tile.sums[1][lane], dbias);
+#pragma unroll
+        for (int r = 0; r < STEPS_A_LANE; ++r) {
+            const int step = sub * SUB + part() * STEPS_A_LANE + r;
+            float u[CPT], delta[CPT], dy[CPT], du[CPT], ddelta[CPT];
+            load<CPT>(&tile.u[stage][step][channel], u);
+            load<CPT>(&tile.time_step[step][channel], delta);
+            load<CPT>(&tile.dy[step][channel], dy);
+            if (delta[0] == RESET) {
+                float bias[CPT];
+                load<CPT>(&tile.bias[channel], bias);
+                load<CPT>(&tile.delta[stage][step][channel], delta);
+#pragma unroll
+                for (int c = 0; c < CPT; ++c) delta[c] = softplus(delta[c] + bias[c]);
+            }
+#pragma unroll
+            for (int c = 0; c < CPT; ++c) {
+                const int i = r * CPT + c;
+                du[c] = fmaf(dinput[i], delta[c], D[c] * dy[c]);
+                ddelta[c] = fmaf(dinput[i], u[c], dlog[i] * LN2) * softplus_slope(delta[c]);
+                dD[c] = fmaf(dy[c], u[c], dD[c]);
+                dbias[c] += ddelta[c];
+            }
+#if HAS_Z
+            float z[CPT], dout[CPT], dz[CPT];
+            load<CPT>(&tile.z[stage][step][channel], z);
+            load<CPT>(&tile.dout[stage][step][channel], dout);
+#pragma unroll
+            for (int c = 0; c < CPT; ++c) {
+                const float gate = sigmoid(z[c]);
+                dz[c] = dout[c] * fmaf(D[c], u[c], y[r * CPT + c]) * gate * fmaf(z[c], 1.f - gate, 1.f);
+            }
+#endif
+            if (step < valid) {
+                const int at = start + step, first = channel0 + channel;
+                store_row(p.du.at(batch, at), first, p.channels, du);
+                store_row(p.ddelta.at(batch, at), first, p.channels, ddelta);
+#if HAS_Z
+                store_row(p.dz.at(batch, at), first, p.channels, dz);
+#endif
+            }
+        }
+        store<CPT>(tile.sums[0][lane], dD);
+        store<CPT>(tile.sums[1][lane], dbias);
+    }
+
+    DEVICE void begin_channels() const {
+        const float zero[CPT] = {};
+        store<CPT>(tile.sums[0][lane], zero);
+        store<CPT>(tile.sums[1][lane], zero);
+        for (int c = lane; c < WARP_CHANNELS; c += 32) {
+            const bool inside = channel0 + c < p.channels;
+            tile.D[c] = p.D != nullptr && inside ? p.D[channel0 + c] : 0.f;
+            tile.bias[c] = p.delta_bias != nullptr && inside ? p.delta_bias[channel0 + c] : 0.f;
+        }
+    }
+
+    // dD and dbias: the lanes of a quad finished different steps of the same channels.
+    DEVICE void end_channels(offset_t row) const {
+#pragma unroll
+        for (int which = 0; which < 2; ++which)
+#pragma unroll
+            for (int c = 0; c < CPT; ++c) {
+                float sum = tile.sums[which][lane][c];
+                sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+                sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+                const int channel = channel0 + own() + c;
+                if (part() == 0 && channel < p.channels) (which ? p.dbias : p.dD)[row * p.channels + channel] = sum;
+            }
+    }
+
+    // Forward over SUB steps: decays, states (h[i] before step i) and what they alone give, C . state and dC.
+    DEVICE void ahead(int sub, const float (&rate)[CPT][NPT], float (&a)[SUB][CPT][NPT], float (&h)[SUB + 1][CPT][NPT], float (&y)[4]) const {
+        float parts[4], even[KEPT], odd[KEPT];
+        load_state(sub, h[0]);
+        unrolled<SUB>([&](auto i_) {
+            constexpr int i = decltype(i_)::value;
+            const int step = sub * SUB + i;
+            float B[NPT], C[NPT], delta[CPT], input[CPT], dy[CPT], dC[NPT] = {};
+            load<NPT>(&block.B[step][twist()][part() * NPT], B);
+            load<NPT>(&block.C[step][twist()][part() * NPT], C);
+            load<CPT>(&tile.time_step[step][own()], delta);
+            load<CPT>(&tile.input[step][own()], input);
+            load<CPT>(&tile.dy[step][own()], dy);
+            unrolled<CPT>([&](auto c_) {
+                constexpr int c = decltype(c_)::value;
+                float sum = 0.f;
+                unrolled<NPT>([&](auto n_) {
+                    constexpr int n = decltype(n_)::value;
+                    a[i][c][n] = decay<c * NPT + n>(delta[c], rate[c][n]);
+                    h[i + 1][c][n] = fmaf(a[i][c][n], h[i][c][n], input[c] * B[n]);
+                    sum = fmaf(C[n], h[i + 1][c][n], sum);
+                    dC[n] = fmaf(dy[c], h[i + 1][c][n], dC[n]);
+                });
+                parts[i % STEPS_A_LANE * CPT + c] = sum;
+            });
+            if constexpr (HAS_Z && i % STEPS_A_LANE == STEPS_A_LANE - 1) quad_sum(y, parts, i / STEPS_A_LANE);
+            exchange(dC, i % 2 ? odd : even);
+            if constexpr (i % 2) collect(tile.dBC[1], step - 1, even, odd);
+        });
+    }
+
+    // Back over SUB steps: the adjoint g, and everything that needs it.
+    DEVICE void back(int sub, const float (&rate)[CPT][NPT], const float (&a)[SUB][CPT][NPT], const float (&h)[SUB + 1][CPT][NPT], float (&g)[CPT][NPT],
+                     float (&dA)[CPT][NPT], float (&dinput)[4], float (&dlog)[4]) const {
+        float parts[4], log_parts[4], even[KEPT], odd[KEPT];
+        unrolled<SUB>([&](auto i_) {
+            constexpr int i = SUB - 1 - decltype(i_)::value;
+            const int step = sub * SUB + i;
+            float B[NPT], C[NPT], delta[CPT], input[CPT], dy[CPT], dB[NPT] = {};
+            load<NPT>(&block.B[step][twist()][part() * NPT], B);
+            load<NPT>(&block.C[step][twist()][part() * NPT], C);
+            load<CPT>(&tile.time_step[step][own()], delta);
+            load<CPT>(&tile.input[step][own()], input);
+            load<CPT>(&tile.dy[step][own()], dy);
+            unrolled<CPT>([&](auto c_) {
+                constexpr int c = decltype(c_)::value;
+                float sum = 0.f, log_sum = 0.f;
+                unrolled<NPT>([&](auto n_) {
+                    constexpr int n = decltype(n_)::value;
+                    const float adjoint = fmaf(C[n], dy[c], g[c][n]);
+                    dB[n] = fmaf(adjoint, input[c], dB[n]);
+                    sum = fmaf(adjoint, B[n], sum);
+                    g[c][n] = a[i][c][n] * adjoint;
+                    const float dexponent = g[c][n] * h[i][c][n];
+                    log_sum = fmaf(dexponent, rate[c][n], log_sum);
+                    dA[c][n] = fmaf(dexponent, delta[c], dA[c][n]);
+                });
+                parts[i % STEPS_A_LANE * CPT + c] = sum;
+                log_parts[i % STEPS_A_LANE * CPT + c] = log_sum;
+            });
+            if constexpr (i % STEPS_A_LANE == 0) {
+                quad_sum(dinput, parts, i / STEPS_A_LANE);
+                quad_sum(dlog, log_parts, i / STEPS_A_LANE);
+            }
+            exchange(dB, i % 2 ? odd : even);
+            if constexpr (i % 2 == 0) collect(tile.dBC[0], step, even, odd);
+        });
+    }
+
+    // dB and dC of a tile, summed over the warps of the block. All threads.
+    DEVICE void store_dbc(int start, int end) const {
+        constexpr int VECTORS = TILE * STATES / 4;
+#pragma unroll
+        for (int first = 0; first < 2 * VECTORS; first += THREADS) {
+            const int v = first + threadIdx.x;
+            if (2 * VECTORS % THREADS != 0 && v >= 2 * VECTORS) break;
+            const int which = v / VECTORS, at = v % VECTORS * 4, step = at / STATES;
+            float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                float x[4];
+                load<4>(&block.warps[w].dBC[which][0][at], x);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sum[i] += x[i];
+            }
+            const offset_t row = ((offset_t(batch) * gridDim.x + blockIdx.x) * 2 + which) * p.length + start;
+            if (start + step < end) store<4>(p.dBC + row * STATES + at, sum);
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(const __grid_constant__ BackwardParams p) {
+    extern __shared__ __align__(16) char shared[];
+    BackwardBlock& block = *reinterpret_cast<BackwardBlock*>(shared);
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, batch = blockIdx.y, segment = blockIdx.z;
+    const Backward scan{p, block, block.warps[warp], batch, (int(blockIdx.x) * WARPS + warp) * WARP_CHANNELS, lane};
+    const int begin = segment * p.segments.length, end = min(p.length, begin + p.segments.length);
+    const int channel = scan.channel0 + scan.own(), part = scan.part(), twist = scan.twist();
+    const offset_t row = offset_t(batch) * p.segments.count + segment;
+
+    float rate[CPT][NPT], g[CPT][NPT], dA[CPT][NPT];
+#pragma unroll
+    for (int c = 0; c < CPT; ++c)
+#pragma unroll
+        for (int n = 0; n < NPT; ++n) {
+            const offset_t state = offset_t(channel + c) * STATES + part * NPT + (n ^ twist);
+            const bool inside = channel + c < p.channels;
+            rate[c][n] = inside ? decay_rate(p.A, state) : 0.f;
+            g[c][n] = inside && p.dreceived != nullptr ? p.dreceived[row * p.channels * STATES + state] : 0.f;
+            dA[c][n] = 0.f;
+        }
+    scan.begin_channels();
+
+    DocumentStarts documents;
+    const offset_t seq_row = offset_t(batch) * p.length;
+    const int last = begin + (end - begin - 1) / TILE * TILE;
+    documents.prefetch(p.seq_idx, seq_row, last, p.length, lane);
+    scan.issue_checkpoint(last);
+    scan.issue(last, end, 0);
+    int stage = 0;
+    for (int start = last; start >= begin; start -= TILE, stage ^= 1) {
+        const int valid = min(TILE, end - start);
+        const unsigned starts = documents.mask(start, p.length, lane);
+        wait_copies();
+        __syncthreads();
+        if (start < last) scan.store_dbc(start + TILE, end);
+        if (start > begin) {
+            scan.issue(start - TILE, end, stage ^ 1);
+            documents.prefetch(p.seq_idx, seq_row, start - TILE, p.length, lane);
+        }
+        scan.prepare_bc(stage);
+        scan.prepare(stage, starts, valid);
+        __syncthreads();
+        scan.rebuild(rate);
+#pragma unroll 1
+        for (int sub = SUBS - 1; sub >= 0; --sub) {
+            float a[SUB][CPT][NPT], h[SUB + 1][CPT][NPT];
+            float y[4] = {0.f, 0.f, 0.f, 0.f}, dinput[4] = {0.f, 0.f, 0.f, 0.f}, dlog[4] = {0.f, 0.f, 0.f, 0.f};
+            scan.ahead(sub, rate, a, h, y);
+            if (sub == 0 && start > begin) scan.issue_checkpoint(start - TILE);
+            scan.back(sub, rate, a, h, g, dA, dinput, dlog);
+            if (part < RECEIVERS) scan.finish(stage, start, sub, valid, y, dinput, dlog);
+        }
+    }
+    __syncthreads();
+    scan.store_dbc(begin, end);
+#pragma unroll
+    for (int c = 0; c < CPT; ++c)
+#pragma unroll
+        for (int n = 0; n < NPT; ++n) {
+            const offset_t state = offset_t(channel + c) * STATES + part * NPT + (n ^ twist);
+            if (channel + c < p.channels) {
+                p.dA[row * p.channels * STATES + state] = dA[c][n];
+                if (p.dinitial != nullptr && segment == 0) p.dinitial[offset_t(batch) * p.channels * STATES + state] = g[c][n];
+            }
+        }
+    scan.end_channels(row);
+}
+
+extern "C" __device__ const int scan_backward_shared_bytes = sizeof(BackwardBlock);

@@ -1,0 +1,95 @@
+"""The selective scan's own kernels against the fp64 oracle; on a GPU, and what can be known without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mamba_pretrain.ops import cuda_scan_kernels as kernels
+from mamba_pretrain.ops import registry
+from mamba_pretrain.ops.selective_scan import selective_scan
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def operands(b=2, l=100, d=64, n=16, dtype=torch.bfloat16, device="cuda", strided=False):
+    """Random inputs; ``strided``: u and z halves of one tensor, B and C slices of another, as in a Mamba-1 mixer."""
+    new = {"device": device, "dtype": dtype}
+    if strided:
+        u, z = torch.randn(b, l, 2 * d, **new).chunk(2, dim=-1)
+        _, B, C = torch.randn(b, l, 8 + 2 * n, **new).split([8, n, n], dim=-1)
+    else:
+        u, z = torch.randn(2, b, l, d, **new)
+        B, C = torch.randn(2, b, l, n, **new)
+    delta = torch.randn(b, l, d, **new) - 2
+    A = -4 * torch.rand(d, n, device=device) - 0.01
+    D, bias = torch.randn(2, d, device=device)
+    return {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": bias}
+
+
+def gradients(arguments, **options):
+    """Outputs and gradients of every input through the kernels."""
+    inputs = {k: t.detach().requires_grad_() for k, t in arguments.items()}
+    with registry.using(selective_scan="cuda"):
+        y, final = selective_scan(**inputs, return_final_state=True, **options)
+    generator = torch.Generator(y.device).manual_seed(1)
+    dy = torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype)
+    dfinal = torch.randn(final.shape, generator=generator, device=y.device)
+    return [y, final, *torch.autograd.grad([y, final], list(inputs.values()), [dy, dfinal])]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cases(selective_scan_case, check_selective_scan, dtype):
+    check_selective_scan(selective_scan_case, "cuda", device="cuda", dtype=dtype, channels=64, state=16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", kernels.STATES)
+@pytest.mark.parametrize(("channels", "dtype"), [(72, torch.bfloat16), (37, torch.bfloat16), (130, torch.float32)], ids=str)
+def test_state_sizes_and_odd_channels(short_selective_scan_case, check_selective_scan, state, channels, dtype):
+    check_selective_scan(short_selective_scan_case, "cuda", device="cuda", dtype=dtype, channels=channels, state=state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_segments(selective_scan_case, check_selective_scan, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "SHORTEST_SEGMENT", 16)
+    check_selective_scan(selective_scan_case, "cuda", device="cuda", dtype=dtype, channels=64, state=16)
+
+
+@pytest.mark.gpu
+def test_segments_of_every_state_size(short_selective_scan_case, check_selective_scan, monkeypatch):
+    monkeypatch.setattr(kernels, "SHORTEST_SEGMENT", 16)
+    for state in kernels.STATES:
+        check_selective_scan(short_selective_scan_case, "cuda", device="cuda", dtype=torch.bfloat16, channels=40, state=state)
+
+
+@pytest.mark.gpu
+def test_strided_inputs_equal_contiguous_ones():
+    torch.manual_seed(0)
+    strided = operands(strided=True)
+    assert not strided["u"].is_contiguous()
+    for a, b in zip(gradients(strided), gradients({k: t.contiguous() for k, t in strided.items()}), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_are_equal_to_the_bit(dtype):
+    torch.manual_seed(0)
+    arguments = operands(b=3, l=1500, d=200, dtype=dtype)
+    seq_idx = (torch.rand(3, 1500, device="cuda") < 0.02).int().cumsum(1).int()
+    for a, b in zip(gradients(arguments, seq_idx=seq_idx), gradients(arguments, seq_idx=seq_idx), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("start", [1, 7, 16, 32, 33, 99])
+def test_documents_are_isolated_to_the_bit(start, check_isolation):
+    torch.manual_seed(0)
+    arguments = operands(device="cpu")
+    sequences = {k: arguments.pop(k) for k in ("u", "delta", "B", "C", "z")}
+    shared = {k: t.cuda() for k, t in arguments.items()}
+    with registry.using(selective_scan="cuda"):
+        check_isolation(selective_scan, sequences, shared, start, device="cuda")

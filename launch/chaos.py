@@ -24,7 +24,7 @@ from launch.jobs import Ledger
 from launch.local_cluster import LocalCluster
 from launch.rehearsal import Rehearsal
 
-STEPS_PER_FAULT = 40
+STEPS_PER_FAULT = 20
 FAULTS: dict[str, Callable[[Drill], str]] = {
     "warning": Drill.warning,
     "requeue": Drill.requeue,

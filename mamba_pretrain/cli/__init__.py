@@ -73,8 +73,11 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: wrong input is one sentence on stderr and exit code 2."""
+    given = sys.argv[1:] if arguments is None else arguments
+    # `deepspeed --module mamba_pretrain train` puts its --local_rank=N before the command; ranks are read from the environment instead.
+    given = [argument for argument in given if not argument.startswith("--local_rank=")]
     try:
-        app(args=list(arguments) if arguments is not None else None, prog_name="mamba-pretrain")
+        app(args=given, prog_name="mamba-pretrain")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

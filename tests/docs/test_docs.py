@@ -139,7 +139,7 @@ def test_every_command_has_its_section(reference: Any) -> None:
 def test_site_builds(tmp_path: Path) -> None:
     if importlib.util.find_spec("mkdocs") is None:
         pytest.skip("mkdocs is not installed (pip install -e '.[docs]'); `make docs` builds the site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "index.html").is_file()
@@ -148,7 +148,7 @@ def test_site_builds(tmp_path: Path) -> None:
 def test_newcomers_path_works(tmp_path: Path) -> None:
     """Runs the marked blocks of the guide, command by command, in one shell with one folder."""
     blocks = re.findall(r"<!-- run -->\n```bash\n(.*?)```", (DOCS / "index.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     environment = {
         **os.environ,
@@ -157,7 +157,7 @@ def test_newcomers_path_works(tmp_path: Path) -> None:
         "CUDA_VISIBLE_DEVICES": "",
     }
     script = "set -euxo pipefail\n" + "\n".join(blocks)
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     run = tmp_path / "work" / "run"
     assert (run / "report.html").stat().st_size > 20_000

@@ -202,7 +202,8 @@ class _Timeline:
         self, name: str, saved: float, gradients: float = 0.0, working: float = 0.0, extra: dict[str, float] | None = None
     ) -> Memory:
         if self.accumulating:
-            gradients = self._gradients(self.shape.total)
+            # FSDP reduces with the last micro-batch only: until then a rank keeps whole gradients.
+            gradients = float(FP32 * self.shape.total) if self.gathers else self._gradients(self.shape.total)
         parts = {**self.base, "gradients": gradients, "activations": saved, "working": working, **(extra or {})}
         return Memory({part: size for part, size in parts.items() if size}, name)
 

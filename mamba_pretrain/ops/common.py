@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+
+from mamba_pretrain.ops.registry import Request
 
 
 def document_starts(seq_idx: Tensor | None) -> Tensor | None:
@@ -22,6 +27,20 @@ def document_numbers(seq_idx: Tensor | None) -> Tensor | None:
     """(b, l) int32: 0, 1, 2, ... along each row, so that equal numbers mean the same document and 0 the one an initial state belongs to."""
     starts = document_starts(seq_idx)
     return None if starts is None else starts.cumsum(1, dtype=torch.int32)
+
+
+def triton_unsupported(request: Request) -> str | None:
+    """Why a Triton kernel cannot serve. On a CPU it runs under Triton's interpreter only (TRITON_INTERPRET=1), for tests."""
+    if request.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA device, not {request.device}"
+    if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in fp32, fp16 or bf16, not {request.dtype}"
+    return None if _has_triton() else "triton is not installed"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba_pretrain.ops import registry
-from mamba_pretrain.ops.common import without_autocast
+from mamba_pretrain.ops.common import triton_unsupported, without_autocast
 
 # Elements of a chunk's logits. On a CPU a cache-sized chunk is fastest; a GPU wants few large matmuls (about 8 bytes an element at the peak).
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 MIN_ROWS = 64
 
 
@@ -37,13 +37,24 @@ def linear_cross_entropy(
 @registry.register("linear_cross_entropy", "reference", priority=0)
 def reference(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, valid_vocab: int | None) -> Tensor:
     """Chunked matmuls and softmax in PyTorch."""
+    return chunked(hidden, weight, labels, ignore_index, valid_vocab, fused=False)
+
+
+@registry.register("linear_cross_entropy", "triton", priority=30, unsupported=triton_unsupported)
+def triton(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, valid_vocab: int | None) -> Tensor:
+    """The same matmuls; a kernel turns a chunk's logits into its gradient in place, so that one low-precision copy is all there is."""
+    return chunked(hidden, weight, labels, ignore_index, valid_vocab, fused=True)
+
+
+def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, valid_vocab: int | None, fused: bool) -> Tensor:
+    """The op, through the custom operator with or without gradients. ``fused``: the Triton kernel between the matmuls."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     valid = valid_vocab or weight.shape[0]
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return loss_and_gradients(flat, weight, targets, ignore_index, valid, dtype)[0]
-    return loss_only(flat, weight, targets, ignore_index, valid, dtype)
+        return loss_and_gradients(flat, weight, targets, ignore_index, valid, dtype, fused)[0]
+    return loss_only(flat, weight, targets, ignore_index, valid, dtype, fused)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
@@ -55,51 +66,62 @@ def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(i, min(i + rows, tokens)) for i in range(0, tokens, max(1, rows))]
 
 
-def _log_probabilities(hidden: Tensor, weight: Tensor, valid: int) -> Tensor:
-    """(rows, vocabulary) fp32; padding gets -inf."""
-    logits = F.linear(hidden, weight)
-    if valid < weight.shape[0]:
+def _losses(logits: Tensor, targets: Tensor, ignore_index: int, valid: int, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Losses (rows,) of a chunk, 0 where ignored, and softmax - onehot (rows, vocabulary) in the logits' dtype if ``gradient``."""
+    if valid < logits.shape[1]:
         logits[:, valid:] = float("-inf")
-    return F.log_softmax(logits, dim=-1, dtype=torch.float32)
-
-
-def _token_losses(log_p: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (rows, 1), 0 where ignored; whether each row counts (rows, 1); and a valid index for every row (rows, 1)."""
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     counts = (targets != ignore_index).unsqueeze(1)
     index = targets.unsqueeze(1).masked_fill(~counts, 0)
-    return -log_p.gather(1, index).masked_fill(~counts, 0.0), counts, index
+    losses = -log_p.gather(1, index).masked_fill(~counts, 0.0)
+    if not gradient:
+        return losses.squeeze(1), logits
+    dlogits = log_p.exp_().scatter_add_(1, index, torch.full_like(losses, -1.0)).mul_(counts)
+    return losses.squeeze(1), dlogits.to(logits.dtype)
+
+
+def _fused_losses(logits: Tensor, targets: Tensor, ignore_index: int, valid: int, gradient: bool) -> tuple[Tensor, Tensor]:
+    """The same in one kernel, in place."""
+    from mamba_pretrain.ops import triton_cross_entropy_kernels
+
+    rows, columns = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    block = min(4096, 1 << (columns - 1).bit_length())
+    with torch.cuda.device_of(logits):
+        triton_cross_entropy_kernels.softmax_gradient[(rows,)](
+            logits, targets, losses, logits.stride(0), columns, valid, ignore_index, GRADIENT=gradient, BLOCK=block, num_warps=8
+        )
+    return losses, logits
 
 
 @torch.library.custom_op("mamba_pretrain::linear_cross_entropy_loss", mutates_args=())
-def loss_only(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, valid: int, dtype: torch.dtype) -> Tensor:
+def loss_only(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, valid: int, dtype: torch.dtype, fused: bool) -> Tensor:
     """The loss where no gradient is wanted. ``hidden`` (tokens, d), ``targets`` (tokens,)."""
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    losses_of = _fused_losses if fused else _losses
     with without_autocast(hidden):
         cast = weight.to(dtype)
         for rows in _chunks(hidden, weight):
-            log_p = _log_probabilities(hidden[rows].to(dtype), cast, valid)
-            total += _token_losses(log_p, targets[rows], ignore_index)[0].sum()
+            logits = F.linear(hidden[rows].to(dtype), cast)
+            total += losses_of(logits, targets[rows], ignore_index, valid, gradient=False)[0].sum()
     return total
 
 
 @torch.library.custom_op("mamba_pretrain::linear_cross_entropy", mutates_args=())
 def loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, valid: int, dtype: torch.dtype
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, valid: int, dtype: torch.dtype, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and its gradients by ``hidden`` and by ``weight`` (fp32)."""
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     dhidden = torch.empty_like(hidden)
     dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    losses_of = _fused_losses if fused else _losses
     with without_autocast(hidden):
         cast = weight.to(dtype)
         for rows in _chunks(hidden, weight):
             h = hidden[rows].to(dtype)
-            log_p = _log_probabilities(h, cast, valid)
-            losses, counts, index = _token_losses(log_p, targets[rows], ignore_index)
+            losses, dlogits = losses_of(F.linear(h, cast), targets[rows], ignore_index, valid, gradient=True)
             total += losses.sum()
-            dlogits = log_p.exp_()
-            dlogits.scatter_add_(1, index, torch.full_like(losses, -1.0))
-            dlogits = dlogits.mul_(counts).to(dtype)
             dhidden[rows] = dlogits @ cast
             add_matmul(dweight, dlogits.t(), h)
     return total, dhidden, dweight
@@ -116,12 +138,12 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @loss_only.register_fake
-def _(hidden, weight, targets, ignore_index, valid, dtype):  # type: ignore[no-untyped-def]
+def _(hidden, weight, targets, ignore_index, valid, dtype, fused):  # type: ignore[no-untyped-def]
     return hidden.new_empty((), dtype=torch.float32)
 
 
 @loss_and_gradients.register_fake
-def _(hidden, weight, targets, ignore_index, valid, dtype):  # type: ignore[no-untyped-def]
+def _(hidden, weight, targets, ignore_index, valid, dtype, fused):  # type: ignore[no-untyped-def]
     loss = hidden.new_empty((), dtype=torch.float32)
     return loss, torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
 
@@ -133,7 +155,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, dloss, *_):  # type: ignore[no-untyped-def]
     dhidden, dweight = ctx.saved_tensors
-    return dhidden * dloss.to(dhidden.dtype), (dweight * dloss).to(ctx.weight_dtype), None, None, None, None
+    return dhidden * dloss.to(dhidden.dtype), (dweight * dloss).to(ctx.weight_dtype), None, None, None, None, None
 
 
 loss_and_gradients.register_autograd(_gradients, setup_context=_setup_context)

@@ -5,6 +5,7 @@ What the algorithm needs, whatever an implementation recomputes; a backward pass
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def linear_flops(tokens: int, n_in: int, n_out: int) -> int:
     return 2 * tokens * n_in * n_out
 
 
+for _module in ("causal_conv1d", "cross_entropy", "cuda_scan", "selective_scan_reference", "ssd_scan_reference"):
+    importlib.import_module(f"mamba_pretrain.ops.{_module}")  # defines the operators named below
 _ops = torch.ops.mamba_pretrain
 
 

@@ -5,28 +5,21 @@ Runs on CUDA, and on a CPU under Triton's interpreter (TRITON_INTERPRET=1) for t
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
 from mamba_pretrain.ops import registry
+from mamba_pretrain.ops.common import triton_unsupported
 from mamba_pretrain.ops.registry import Request
 from mamba_pretrain.ops.rms_norm import output_dtype
 
 MAX_CHANNELS = 16384
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def unsupported(request: Request) -> str | None:
     """Why the kernels cannot serve."""
-    if request.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs a CUDA device, not {request.device}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if request.dtype not in _FLOATS:
-        return f"it computes in fp32, fp16 or bf16, not {request.dtype}"
+    if (why := triton_unsupported(request)) is not None:
+        return why
     channels = request.get("group_size") or request["x"].shape[-1]
     return None if channels <= MAX_CHANNELS else f"it normalises at most {MAX_CHANNELS} channels at once, not {channels}"
 

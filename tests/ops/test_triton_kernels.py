@@ -1,4 +1,4 @@
-"""The Triton norms against the reference: under Triton's interpreter on a CPU, and compiled on a GPU."""
+"""The Triton kernels (norms, cross-entropy) against the reference: under Triton's interpreter on a CPU, and compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from mamba_pretrain.ops import registry
+from mamba_pretrain.ops import cross_entropy, registry
+from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -51,9 +52,31 @@ def check_all(device: str, sizes: tuple[int, ...]) -> None:
         check("gated_rms_norm", lambda t, w, n=n: gated_rms_norm(t[..., : 3 * n], t[..., 3 * n :], w, 1e-5, n), [groups, weight])
 
 
+def check_cross_entropy(device: str, sizes: tuple[int, ...]) -> None:
+    """Loss and gradients, with padding of the vocabulary and ignored labels, in chunks; and the loss alone."""
+    for dtype, rows in itertools.product(DTYPES, sizes):
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(2, 5, 8).to(device, dtype), torch.randn(rows, 8).to(device)
+        valid = rows - rows // 10
+        labels = torch.randint(0, valid, (2, 5)).masked_fill(torch.rand(2, 5) < 0.3, -100).to(device)
+
+        def loss(h, w, valid=valid, labels=labels):
+            return linear_cross_entropy(h, w, labels, valid_vocab=valid)
+
+        check("linear_cross_entropy", loss, [hidden, weight])
+        losses = []
+        for name in ("triton", "reference"):
+            with torch.no_grad(), registry.using(linear_cross_entropy=name):
+                losses.append(loss(hidden, weight))
+        torch.testing.assert_close(*losses)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess that test_interpreted_on_cpu starts, with TRITON_INTERPRET=1")
-def test_in_the_interpreter():
+def test_in_the_interpreter(monkeypatch):
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(cross_entropy, "MIN_ROWS", 4)
     check_all("cpu", (24, 100))
+    check_cross_entropy("cpu", (3, 40, 5000))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="already in the subprocess")
@@ -70,6 +93,7 @@ def test_interpreted_on_cpu():
 @pytest.mark.gpu
 def test_on_gpu():
     check_all("cuda", (1, 24, 100, 2048, 2560))
+    check_cross_entropy("cuda", (3, 40, 5000, 50280))
 
 
 @pytest.mark.gpu

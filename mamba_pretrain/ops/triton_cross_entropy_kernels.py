@@ -1,0 +1,42 @@
+"""The Triton kernel of the cross-entropy: a row's loss, and its gradient written over the logits. Offsets are 64-bit."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softmax_gradient(
+    logits_ptr, target_ptr, loss_ptr, stride, columns, valid, ignore_index,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: one pass for the logarithm of the sum of exponentials, one that replaces the logits by softmax - onehot.
+
+    Columns from ``valid`` on take no part and get a zero gradient; a row whose target is ``ignore_index`` gets zero loss and gradient.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    target = tl.load(target_ptr + row)
+    counts = target != ignore_index
+    # Read before the reductions below: each is a barrier that keeps other warps from overwriting it first.
+    at_target = tl.load(logits_ptr + tl.where(counts, target, 0)).to(tl.float32)
+    within = tl.arange(0, BLOCK)
+    largest = at_target
+    total = 0.0
+    for start in range(0, valid, BLOCK):
+        mask = start + within < valid
+        x = tl.load(logits_ptr + start + within, mask=mask, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(x, axis=0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), axis=0)
+        largest = larger
+    log_total = largest + tl.log(total)
+    tl.store(loss_ptr + row, tl.where(counts, log_total - at_target, 0.0))
+    if GRADIENT:
+        for start in range(0, columns, BLOCK):
+            column = start + within
+            mask = column < columns
+            x = tl.load(logits_ptr + column, mask=mask, other=0.0).to(tl.float32)
+            gradient = tl.exp(x - log_total) - tl.where(column == target, 1.0, 0.0)
+            gradient = tl.where(counts & (column < valid), gradient, 0.0)
+            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=mask)

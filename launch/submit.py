@@ -57,35 +57,33 @@ def send(prepared: Prepared, cluster: ClusterConfig) -> list[str]:
 
 
 def prepare_data(name: str, output: Path, tokenize: list[str], tasks: int, cluster: ClusterConfig, project_dir: Path) -> list[Path]:
-    """Writes ``tokenize.sbatch`` (an array; task i writes part i) and ``merge.sbatch`` into ``OUTPUT.parts/launch``; returns both.
+    """Writes ``tokenize.sbatch``, an array whose tasks share the work, and ``finish.sbatch`` into ``OUTPUT.jobs/launch``; returns both.
 
-    ``tokenize`` is the command without its output; it is told ``--task-index`` and ``--task-count``.
+    ``tokenize`` is the whole ``mamba-data tokenize`` command; the array adds ``--task-index`` and ``--task-count``. The last job is the command
+    as it stands: it does what a failed task left undone, and publishes the dataset.
     """
     if tasks < 2:
         raise UserError(f"--tasks {tasks} makes no array; run mamba-data tokenize itself, or give 2 or more")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} already holds files; choose another --output, or remove it")
-    output = output.absolute()
-    parts = output.with_name(f"{output.name}.parts")
+    place = JobPlace(name, output.absolute().with_name(f"{output.name}.jobs"), project_dir.absolute())
     for folder in ("launch", "logs"):
-        (parts / folder).mkdir(parents=True, exist_ok=True)
-    place = JobPlace(name, parts, project_dir.absolute())
-    index = '"$SLURM_ARRAY_TASK_ID"'
-    share = f"{shlex.join(tokenize)} --output {shlex.quote(str(parts))}/{index} --task-index {index} --task-count {tasks}"
-    merge = shlex.join(["mamba-data", "merge", *(str(parts / str(task)) for task in range(tasks)), "--output", str(output)])
+        (place.run_dir / folder).mkdir(parents=True, exist_ok=True)
+    whole = shlex.join([*tokenize, "--output", str(output.absolute())])
+    share = f'{whole} --task-index "$SLURM_ARRAY_TASK_ID" --task-count {tasks}'
     scripts = []
-    for kind, command, size in (("tokenize", share, tasks), ("merge", merge, 1)):
-        script = parts / "launch" / f"{kind}.sbatch"
+    for kind, command, size in (("tokenize", share, tasks), ("finish", whole, 1)):
+        script = place.run_dir / "launch" / f"{kind}.sbatch"
         script.write_text(render_data(cluster, replace(place, name=f"{name}-{kind}"), command, size))
         scripts.append(script)
     return scripts
 
 
 def send_data(scripts: list[Path], slurm: Slurm) -> list[str]:
-    """Submits the array, and the merge that starts when every task of it succeeded."""
+    """Submits the array, and the job that completes it when all its tasks have ended."""
     jobs: list[str] = []
     for script in scripts:
-        jobs.append(slurm.sbatch(script, *([f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else [])))
+        jobs.append(slurm.sbatch(script, *([f"--dependency=afterany:{jobs[-1]}"] if jobs else [])))
     return jobs
 
 

@@ -79,11 +79,11 @@ def _checked(config: Path, overrides: list[str], cluster: ClusterConfig) -> Any:
 def submit_data(
     arguments: list[str] = typer.Argument(help="Arguments of mamba-data tokenize, after --", metavar="-- TOKENIZE_ARGUMENTS..."),
     cluster: Path = CLUSTER,
-    output: Path = typer.Option(..., "--output", help="Dataset folder to write; the tasks' parts go to OUTPUT.parts"),
+    output: Path = typer.Option(..., "--output", help="Dataset folder to write; scripts and logs go to OUTPUT.jobs"),
     tasks: int = typer.Option(8, help="Tasks of the array, each with its share of the input"),
     dry_run: bool = DRY_RUN,
 ) -> None:
-    """Tokenize as a job array, then merge the parts into one dataset.
+    """Tokenize as a job array, and complete the dataset when its tasks have ended.
 
     Example: `mamba-pretrain submit-data --cluster C --output data/web --tasks 32 -- 'raw/*.jsonl.zst' --tokenizer tokenizer`.
     """
@@ -97,7 +97,7 @@ def submit_data(
         typer.echo("\n".join(script.read_text() for script in scripts))
         return
     jobs = send_data(scripts, Slurm(profile.slurm_conf))
-    typer.echo(f"submitted array {jobs[0]} of {tasks} tasks, and job {jobs[1]} that merges them; logs in {output}.parts/logs")
+    typer.echo(f"submitted array {jobs[0]} of {tasks} tasks, and job {jobs[1]} that completes the dataset; logs in {output}.jobs/logs")
 
 
 def status(run: Path = RUN) -> None:

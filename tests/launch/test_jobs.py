@@ -87,7 +87,7 @@ def test_requeueing_one_task_of_a_sweep_leaves_the_others_alone(profile: dict[st
         slurm.run("scancel", *jobs, check=False)
 
 
-def test_data_jobs_share_the_work_and_merge_after_it(profile: dict[str, Any], tmp_path: Path, eventually: Callable) -> None:
+def test_data_jobs_share_the_work(profile: dict[str, Any], tmp_path: Path, eventually: Callable) -> None:
     text = tmp_path / "text"
     text.mkdir()
     for index in range(6):

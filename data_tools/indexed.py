@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -172,6 +172,17 @@ class IndexedDataset:
                 f"{self.bin_path} ended early at token {first + len(data) // self.dtype.itemsize}; it changed while it was read"
             )
         return np.frombuffer(data, dtype=self.dtype)
+
+    def batches(self, tokens: int = 1 << 21) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, lengths) of consecutive whole documents, about so many tokens at a time."""
+        first = 0
+        while first < len(self):
+            start = int(self.pointers[first])
+            last = int(np.searchsorted(self.pointers, start + tokens * self.dtype.itemsize, side="left"))
+            last = min(max(last, first + 1), len(self))
+            lengths = np.array(self.lengths[first:last])
+            yield self.read(start // self.dtype.itemsize, int(lengths.sum(dtype=np.int64))), lengths
+            first = last
 
     @property
     def descriptor(self) -> int:

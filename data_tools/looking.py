@@ -1,112 +1,90 @@
-"""Looking at a dataset: verify its checksums, count it, decode its documents."""
+"""Looking at a dataset: count it, decode its documents and packed samples."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data_tools.dedup import HASH, document_hash
 from data_tools.errors import UserError
-from data_tools.indexed import IndexedDataset, paths
-from data_tools.manifest import Manifest, xxh3
+from data_tools.indexed import IndexedDataset
+from data_tools.manifest import Manifest, Split
+from data_tools.packing import best_fit_plan
 from data_tools.tokenizers import Tokenizer, load_tokenizer
 
 
-def verify(folder: Path) -> list[str]:
-    """What is wrong with a dataset: missing, truncated or changed files; ids outside the vocabulary. Empty when all is well."""
-    manifest = Manifest.load(folder)
-    problems = []
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            for path, expected in zip(paths(folder / shard.path), (shard.xxh3_bin, shard.xxh3_idx), strict=True):
-                if not path.is_file():
-                    problems.append(f"{path} is missing")
-                elif xxh3(path) != expected:
-                    problems.append(f"{path} has another checksum than when it was written ({path.stat().st_size} bytes)")
-    if not problems:
-        problems += _check_contents(folder, manifest)
-    try:
-        if load_tokenizer(folder / "tokenizer").hash != manifest.tokenizer.hash:
-            problems.append(f"{folder / 'tokenizer'} is not the tokenizer that made the dataset")
-    except UserError as error:
-        problems.append(str(error))
-    return problems
+@dataclass(frozen=True)
+class Fill:
+    """How documents (lengths in tokens) fit into sequences of ``sequence_length``."""
 
+    sequence_length: int
+    cut_by_concat: float  # share of the documents that would fit whole but are cut by concat-and-chunk
+    best_fit_fill: float  # share of places that hold tokens under best-fit packing, where no such document is cut
+    best_fit_sequences: int
 
-def _check_contents(folder: Path, manifest: Manifest) -> Iterator[str]:
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            data = IndexedDataset(folder / shard.path)
-            if (len(data), data.n_tokens, data.dtype.name) != (shard.documents, shard.tokens, shard.dtype):
-                yield f"{data.idx_path} describes {len(data)} documents, {data.n_tokens} tokens of {data.dtype}; its manifest says otherwise"
-            for block in blocks(data):
-                if len(block) and int(block.max()) >= manifest.tokenizer.vocab_size:
-                    yield f"{data.bin_path} holds the id {int(block.max())}, outside the vocabulary of {manifest.tokenizer.vocab_size}"
-                    break
-            data.close()
-
-
-def blocks(data: IndexedDataset, size: int = 1 << 22) -> Iterator[np.ndarray]:
-    """All tokens of a shard in pieces."""
-    for first in range(0, data.n_tokens, size):
-        yield data.read(first, min(size, data.n_tokens - first))
-
-
-def token_counts(folder: Path, split: str) -> np.ndarray:
-    """(vocab,) int64: how often each id occurs in a split."""
-    manifest = Manifest.load(folder)
-    counts = np.zeros(manifest.tokenizer.vocab_size, dtype=np.int64)
-    for shard in manifest.splits[split].shards:
-        data = IndexedDataset(folder / shard.path)
-        for block in blocks(data):
-            counts += np.bincount(block, minlength=len(counts))
-        data.close()
-    return counts
+    @classmethod
+    def of(cls, lengths: np.ndarray, sequence_length: int) -> Fill:
+        """Measures both packings."""
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        fits = lengths <= sequence_length
+        crosses = starts // sequence_length != (starts + lengths - 1) // sequence_length
+        plan = best_fit_plan(np.bincount(lengths % sequence_length, minlength=sequence_length + 1), sequence_length)
+        sequences = int((lengths // sequence_length).sum()) + plan.n_bins
+        fill = int(lengths.sum(dtype=np.int64)) / max(1, sequences * sequence_length)
+        return cls(sequence_length, float((fits & crosses).sum() / max(1, fits.sum())), fill, sequences)
 
 
 @dataclass(frozen=True)
 class Stats:
     """Figures of one split. ``lengths`` are the documents' in tokens; ``unigram_entropy`` is in nats per token."""
 
-    split: str
     documents: int
     tokens: int
     bytes_per_token: float | None
     lengths: np.ndarray
     top_tokens: list[tuple[str, float]]
     unigram_entropy: float
-
-    def truncated(self, sequence_length: int) -> float:
-        """Share of the documents that would fit into a sequence but are cut by concat-and-chunk packing."""
-        starts = np.cumsum(self.lengths) - self.lengths
-        fits = self.lengths <= sequence_length
-        crosses = starts // sequence_length != (starts + self.lengths - 1) // sequence_length
-        return float((fits & crosses).sum() / max(1, fits.sum()))
+    duplicates: int
 
 
 def stats(folder: Path, split: str, top: int = 12) -> Stats:
-    """Counts a split."""
+    """Counts a split; reads every token once."""
+    manifest, described = open_split(folder, split)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    counts = np.zeros(manifest.tokenizer.vocab_size, dtype=np.int64)
+    lengths: list[np.ndarray] = []
+    hashes: list[tuple[int, int]] = []
+    for shard in described.shards:
+        data = IndexedDataset(folder / shard.path)
+        lengths.append(np.array(data.lengths))
+        for tokens, each in data.batches():
+            counts += np.bincount(tokens, minlength=len(counts))
+            ends = np.cumsum(each)
+            hashes += [
+                document_hash(tokens[end - length : end].tobytes()) for end, length in zip(ends.tolist(), each.tolist(), strict=True)
+            ]
+        data.close()
+    shares = counts[counts > 0] / counts.sum()
+    common = np.argsort(-counts, kind="stable")[:top]
+    return Stats(
+        documents=described.documents,
+        tokens=described.tokens,
+        bytes_per_token=described.text_bytes / described.tokens if described.text_bytes else None,
+        lengths=np.concatenate(lengths),
+        top_tokens=[(shown(tokenizer, int(token)), counts[token] / described.tokens) for token in common],
+        unigram_entropy=float(-(shares * np.log(shares)).sum()),
+        duplicates=len(hashes) - len(np.unique(np.array(hashes, dtype=HASH))),
+    )
+
+
+def open_split(folder: Path, split: str) -> tuple[Manifest, Split]:
+    """A dataset's manifest and one of its splits. Raises UserError that names those it has."""
     manifest = Manifest.load(folder)
     if split not in manifest.splits:
         raise UserError(f"dataset {folder} has no split {split!r}; it has {', '.join(manifest.splits)}")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    described = manifest.splits[split]
-    counts = token_counts(folder, split)
-    shares = counts[counts > 0] / counts.sum()
-    lengths = np.concatenate([np.asarray(IndexedDataset(folder / shard.path).lengths) for shard in described.shards])
-    common = Counter(dict(enumerate(counts.tolist()))).most_common(top)
-    return Stats(
-        split,
-        described.documents,
-        described.tokens,
-        described.text_bytes / described.tokens if described.text_bytes else None,
-        lengths,
-        [(shown(tokenizer, token), count / described.tokens) for token, count in common],
-        float(-(shares * np.log(shares)).sum()),
-    )
+    return manifest, manifest.splits[split]
 
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
@@ -126,15 +104,52 @@ def histogram(lengths: np.ndarray, width: int = 40) -> list[str]:
     ]
 
 
+def plot_lengths(found: Stats, title: str, path: Path) -> None:
+    """Writes a PNG of the documents' lengths, and of the tokens in documents of each length."""
+    from matplotlib.figure import Figure
+
+    edges = (2.0 ** np.arange(0, np.log2(found.lengths.max()) + 1.25, 0.25)).tolist()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(found.lengths, edges, weights=np.full(len(found.lengths), 1 / len(found.lengths)), alpha=0.6, label="documents")
+    axes.hist(found.lengths, edges, weights=found.lengths / found.tokens, histtype="step", linewidth=1.5, label="tokens")
+    axes.set(xscale="log", xlabel="document length (tokens)", ylabel="share", title=title)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be written ({error}); give a file name that ends in .png") from error
+
+
 def document(folder: Path, split: str, number: int) -> np.ndarray:
     """The ids of a split's ``number``-th document."""
-    manifest = Manifest.load(folder)
-    if split not in manifest.splits:
-        raise UserError(f"dataset {folder} has no split {split!r}; it has {', '.join(manifest.splits)}")
+    _, described = open_split(folder, split)
     left = number
-    for shard in manifest.splits[split].shards:
+    for shard in described.shards:
         if left < shard.documents:
             data = IndexedDataset(folder / shard.path)
-            return data[left]
+            tokens = data[left]
+            data.close()
+            return tokens
         left -= shard.documents
-    raise UserError(f"document {number} is not in the {split} split of {folder}, which has {manifest.splits[split].documents}")
+    raise UserError(f"document {number} is not in the {split} split of {folder}, which has {described.documents}")
+
+
+def sample(folder: Path, split: str, number: int, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sample ``number`` of concat packing before shuffling: its tokens, and for each the number of its document within the split."""
+    _, described = open_split(folder, split)
+    first, total = number * sequence_length, described.tokens
+    if first >= total:
+        raise UserError(f"sample {number} is not in the {split} split of {folder}, which has {-(-total // sequence_length)} of that length")
+    last = min(total, first + sequence_length)
+    tokens, owners = [], []
+    begin = documents = 0
+    for shard in described.shards:
+        a, b = max(first - begin, 0), min(last - begin, shard.tokens)
+        if a < b:
+            data = IndexedDataset(folder / shard.path)
+            tokens.append(data.read(a, b - a))
+            owners.append(documents + np.searchsorted(data.document_starts(), np.arange(a, b), side="right") - 1)
+            data.close()
+        begin, documents = begin + shard.tokens, documents + shard.documents
+    return np.concatenate(tokens), np.concatenate(owners)

@@ -18,6 +18,11 @@ Job = Callable[[int, Report], Any]
 """Does the job of a number, and reports progress as it likes."""
 
 
+def available_cores() -> int:
+    """Cores that this process may use, which a batch system may have made fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_jobs(
     numbers: Sequence[int], open_job: Callable[[Any], Job], payload: Any, workers: int, report: Report
 ) -> Iterator[tuple[int, Any]]:

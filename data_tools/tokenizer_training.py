@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools import folders
 from data_tools.errors import UserError
 from data_tools.readers import Problem, read_part
 from data_tools.sources import Task
+from data_tools.storage import write_whole
 from data_tools.tokenizers import SENTENCEPIECE_FILE, SentencePieceTokenizer
 
 HELD_OUT = 20  # every 20th document measures the result instead of training it
@@ -36,6 +38,8 @@ def train_tokenizer(
     """
     import sentencepiece
 
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --output")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} already holds files; choose another --output or pass --overwrite")
     texts, held_out = _sample(tasks, text_key, sample_bytes, seed)
@@ -70,11 +74,9 @@ def train_tokenizer(
         raise UserError(
             f"a vocabulary of {vocab_size} cannot be trained on this text ({reason}); change --vocab-size or add text"
         ) from error
-    out.mkdir(parents=True, exist_ok=True)
+    folders.make(out)
     path = out / SENTENCEPIECE_FILE
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(writer.getvalue())
-    os.replace(temporary, path)
+    write_whole(path, writer.getvalue())
     tokenizer = SentencePieceTokenizer(path)
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(held_out))
     size = sum(len(text.encode()) for text in held_out)
@@ -82,24 +84,35 @@ def train_tokenizer(
 
 
 def _sample(tasks: list[Task], text_key: str, sample_bytes: int, seed: int) -> tuple[list[str], list[str]]:
-    """Documents for training and for measuring. Tasks are visited in a random order, so the sample is spread over the corpus."""
+    """Documents for training and for measuring. Of a corpus larger than the sample every task gives an equal share, in a random order."""
     order = list(range(len(tasks)))
     random.Random(seed).shuffle(order)
+    total = sum(part.size for task in tasks for part in task)
+    share = sample_bytes if total <= sample_bytes else -(-sample_bytes // len(tasks))
     texts: list[str] = []
     held_out: list[str] = []
     size = number = 0
-    for part in (part for task in order for part in tasks[task]):
+    for task in (tasks[i] for i in order):
+        taken = 0
+        for text in _texts(task, text_key):
+            number += 1
+            (held_out if number % HELD_OUT == 0 else texts).append(text)
+            taken += len(text)
+            if taken >= share:
+                break
+        size += taken
+        if size >= sample_bytes:
+            break
+    return texts, held_out or texts[:1]
+
+
+def _texts(task: Task, text_key: str) -> Iterator[str]:
+    for part in task:
         for text in read_part(part, text_key):
             if isinstance(text, Problem):
                 raise UserError(f"{text.place} {text.what}; mend it, or train the tokenizer on other files")
-            if not text or text.isspace():
-                continue
-            number += 1
-            (held_out if number % HELD_OUT == 0 else texts).append(text)
-            size += len(text)
-            if size >= sample_bytes:
-                return texts, held_out or texts[:1]
-    return texts, held_out or texts[:1]
+            if text and not text.isspace():
+                yield text
 
 
 def _pieces(texts: list[str]) -> Iterator[str]:

@@ -186,7 +186,7 @@ class _Task:
             if number in dropped:
                 self.result.duplicates += 1
                 continue
-            digest = text_hash(text, self.options.seed)
+            digest = split_hash(text.encode(), self.options.seed)
             if digest % self.options.check_every == 0:
                 check(self.encoder, self.tokenizer, [text])
             yield text, "validation" if digest < self.validation_below else "train"
@@ -216,6 +216,6 @@ def _control(token: int | None, wanted: bool) -> np.ndarray:
     return np.array([token] if wanted and token is not None else [], dtype=np.int32)
 
 
-def text_hash(text: str, seed: int) -> int:
+def split_hash(document: bytes, seed: int) -> int:
     """64 bits that decide a document's split and whether its encoding is checked."""
-    return xxhash.xxh3_64_intdigest(text.encode(), seed=seed)
+    return xxhash.xxh3_64_intdigest(document, seed=seed)

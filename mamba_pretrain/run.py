@@ -20,6 +20,7 @@ from mamba_pretrain.models import flops
 from mamba_pretrain.models.generation import continue_texts
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.monitor.compute_clock import ComputeClock
+from mamba_pretrain.monitor.layers import LayerStatistics
 from mamba_pretrain.monitor.profiler import Profile
 from mamba_pretrain.monitor.signals import StopSignal
 from mamba_pretrain.monitor.sinks import build_sinks
@@ -164,10 +165,14 @@ class Training:
 
     def _callbacks(self, resume_guard: ResumeGuard | None) -> list[Callback]:
         config, train = self.config, self.config.train
-        clock = ReadMetrics(self._throughput.row, eager=train.spikes.action in ("skip", "rollback"))
+        # On a CPU a step is over when it returns: read late, its time would be the next step's.
+        eager = train.spikes.action in ("skip", "rollback") or self.topology.device.type == "cpu"
+        clock = ReadMetrics(self._throughput.row, eager)
         chain: list[Callback] = [clock, WriteRows(self._sinks, config.monitor.log_every), SpikeGuard(train.spikes, self._rollback)]
         if resume_guard is not None:
             chain.append(resume_guard)
+        if config.monitor.layers_every is not None:
+            chain.append(LayerStatistics(self.engine.model, config.monitor.layers_every))  # type: ignore[attr-defined,arg-type]
         chain += [Beat(self.watchdog.beat, self._compute_clock.take), Evaluate(config.evaluation, self._evaluate, clock)]
         if config.evaluation.prompts:
             chain.append(Sample(config.evaluation, self._generate, clock))

@@ -38,9 +38,8 @@ class HasRank(Protocol):
 
 @dataclass
 class Kernel:
-    """Total microseconds and calls of one kernel (on a CPU: of one op's own time)."""
+    """Total microseconds and calls of one kernel (on a CPU: of one op's own time) within one kind."""
 
-    kind: str
     microseconds: float = 0.0
     calls: int = 0
 
@@ -51,12 +50,12 @@ class Breakdown:
 
     steps: int
     kinds: dict[str, float] = field(default_factory=dict)
-    kernels: dict[str, Kernel] = field(default_factory=dict)
+    kernels: dict[tuple[str, str], Kernel] = field(default_factory=dict)
 
     def add(self, kind: str, name: str, microseconds: float) -> None:
         """Counts one launch."""
         self.kinds[kind] = self.kinds.get(kind, 0.0) + microseconds
-        kernel = self.kernels.setdefault(name, Kernel(kind))
+        kernel = self.kernels.setdefault((kind, name), Kernel())
         kernel.microseconds += microseconds
         kernel.calls += 1
 
@@ -71,8 +70,8 @@ class Breakdown:
                 f"{kind:<18}{1e3 * seconds:>10.2f}{percent(microseconds / total):>8}{seconds / floor if floor else float('nan'):>9.1f}"
             )
         lines += ["", f"{'ms/step':>9}{'calls':>7}  kernel"]
-        for name, kernel in sorted(self.kernels.items(), key=lambda item: -item[1].microseconds)[:TOP_KERNELS]:
-            lines.append(f"{kernel.microseconds / 1e3 / self.steps:>9.2f}{kernel.calls // self.steps:>7}  [{kernel.kind}] {name[:70]}")
+        for (kind, name), kernel in sorted(self.kernels.items(), key=lambda item: -item[1].microseconds)[:TOP_KERNELS]:
+            lines.append(f"{kernel.microseconds / 1e3 / self.steps:>9.2f}{kernel.calls // self.steps:>7}  [{kind}] {name[:70]}")
         return [line.replace("      nan", "        -") for line in lines]
 
 

@@ -4,7 +4,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
 const COLORS = RUNS.map((_, i) => `var(--s${i % 8})`);
 const many = RUNS.length > 1;
-const state = { x: RUNS.some((run) => run.train.tokens.some((v) => v)) ? "tokens" : "step", smoothing: 0.6, logLoss: false, skip: false, hidden: new Set() };
+const state = { x: RUNS.some((run) => run.train.tokens.some((v) => v)) ? "tokens" : "step", smoothing: Math.max(...RUNS.map((run) => run.train.step.length)) < 100 ? 0 : 0.6, logLoss: false, skip: false, hidden: new Set() };
 
 // ---- numbers
 
@@ -191,7 +191,8 @@ function controls() {
   }
   const slider = document.getElementById("smoothing"), value = document.getElementById("smoothing-value");
   const slide = () => { state.smoothing = Number(slider.value); value.textContent = state.smoothing.toFixed(2); drawAll(); };
-  value.textContent = slider.value;
+  slider.value = state.smoothing;
+  value.textContent = state.smoothing.toFixed(2);
   slider.addEventListener("input", slide);
   document.getElementById("log-loss").addEventListener("change", (event) => { state.logLoss = event.target.checked; drawAll(); });
   document.getElementById("skip-start").addEventListener("change", (event) => { state.skip = event.target.checked; drawAll(); });

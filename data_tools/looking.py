@@ -79,6 +79,18 @@ def stats(folder: Path, split: str, top: int = 12) -> Stats:
     )
 
 
+def token_counts(folder: Path, split: str) -> np.ndarray:
+    """(vocab,) int64: how often each id occurs in a split."""
+    manifest, described = open_split(folder, split)
+    counts = np.zeros(manifest.tokenizer.vocab_size, dtype=np.int64)
+    for shard in described.shards:
+        data = IndexedDataset(folder / shard.path)
+        for tokens, _ in data.batches():
+            counts += np.bincount(tokens, minlength=len(counts))
+        data.close()
+    return counts
+
+
 def open_split(folder: Path, split: str) -> tuple[Manifest, Split]:
     """A dataset's manifest and one of its splits. Raises UserError that names those it has."""
     manifest = Manifest.load(folder)

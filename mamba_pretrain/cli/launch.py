@@ -30,6 +30,8 @@ def submit(
     """Submit a run to Slurm; it saves, requeues and resumes by itself until it is done.
 
     Everything that can be wrong is looked for first. The script goes to RUN/launch/job.sbatch and is meant to be read.
+
+    Example: `mamba-pretrain submit configs/mamba2/130m.yaml --cluster configs/cluster/h100-infiniband.yaml --nodes 2 --dry-run`
     """
     from launch.config import load_cluster
     from launch.submit import send
@@ -101,7 +103,10 @@ def submit_data(
 
 
 def status(run: Path = RUN) -> None:
-    """Show a run's jobs, its last attempts and where training stands."""
+    """Show a run's jobs, its last attempts and where training stands.
+
+    Example: `mamba-pretrain status runs/quickstart`
+    """
     from launch.jobs import status_lines
 
     typer.echo("\n".join(status_lines(_existing(run))))
@@ -112,7 +117,10 @@ def logs(
     follow: bool = typer.Option(False, "--follow", "-f", help="Go on printing what is added, over requeues."),
     lines: int = typer.Option(50, "--lines", "-n", help="Lines to begin with"),
 ) -> None:
-    """Print the log of a run's newest job."""
+    """Print the log of a run's newest job.
+
+    Example: `mamba-pretrain logs -f runs/quickstart`
+    """
     from launch.jobs import follow_log
 
     for text in follow_log(_existing(run), lines, follow):
@@ -120,7 +128,10 @@ def logs(
 
 
 def cancel(run: Path = RUN) -> None:
-    """Cancel a run's jobs. The ranks get SIGTERM and save what they have; submit again to go on."""
+    """Cancel a run's jobs. The ranks get SIGTERM and save what they have; submit again to go on.
+
+    Example: `mamba-pretrain cancel runs/quickstart`
+    """
     from launch.jobs import cancel as cancel_jobs
 
     jobs = cancel_jobs(_existing(run))
@@ -128,7 +139,10 @@ def cancel(run: Path = RUN) -> None:
 
 
 def diagnose(run: Path = RUN) -> None:
-    """Tell what a run folder knows of hangs, stragglers, silent ranks and restarts."""
+    """Tell what a run folder knows of hangs, stragglers, silent ranks and restarts.
+
+    Example: `mamba-pretrain diagnose runs/quickstart`
+    """
     from launch.jobs import Ledger
     from mamba_pretrain.monitor.diagnose import hang_report, liveness_report, straggler_report
 
@@ -145,7 +159,10 @@ def sync(
     project: str = typer.Option(None, help="W&B project, instead of the config's"),
     entity: str = typer.Option(None, help="W&B entity, instead of the config's"),
 ) -> None:
-    """Upload a run's metrics to W&B from a machine with internet. Repeat it as often as you like: no step is sent twice."""
+    """Upload a run's metrics to W&B from a machine with internet. Repeat it as often as you like: no step is sent twice.
+
+    Example: `mamba-pretrain sync runs/quickstart --project mamba`
+    """
     from mamba_pretrain.monitor.sync import sync_run
 
     typer.echo(sync_run(_existing(run), project, entity))

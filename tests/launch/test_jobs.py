@@ -88,21 +88,19 @@ def test_requeueing_one_task_of_a_sweep_leaves_the_others_alone(profile: dict[st
 
 
 def test_data_jobs_share_the_work(profile: dict[str, Any], tmp_path: Path, eventually: Callable) -> None:
-    text = tmp_path / "text"
-    text.mkdir()
-    for index in range(6):
-        (text / f"{index}.txt").write_text(f"document {index} " * 200)
+    files = sorted((Path(__file__).parents[2] / "launch").glob("*.py"))
+    text = [str(files[0].parent), "--include", "*.py"]
     commands = Path(sys.executable).parent
-    tokenizer = ["train-tokenizer", str(text), "--output", str(tmp_path / "tokenizer"), "--vocab-size", "300"]
+    tokenizer = ["train-tokenizer", *text, "--output", str(tmp_path / "tokenizer"), "--vocab-size", "400"]
     subprocess.run([commands / "mamba-data", *tokenizer], check=True, capture_output=True)
     setup = [f"export PATH={commands}:$PATH"]
     config = ClusterConfig.model_validate({**profile, "environment": {"setup": setup}})
-    tokenize = ["mamba-data", "tokenize", str(text), "--tokenizer", str(tmp_path / "tokenizer"), "--workers", "1"]
+    tokenize = ["mamba-data", "tokenize", *text, "--tokenizer", str(tmp_path / "tokenizer"), "--workers", "1"]
     scripts = prepare_data("web", tmp_path / "web", tokenize, 3, config, Path.cwd())
     send_data(scripts, Slurm(config.slurm_conf))
     eventually((tmp_path / "web" / "manifest.json").exists, 60)
     manifest = json.loads((tmp_path / "web" / "manifest.json").read_text())
-    assert sum(shard["documents"] for shard in manifest["splits"]["train"]["shards"]) == 6
+    assert sum(shard["documents"] for shard in manifest["splits"]["train"]["shards"]) == len(files)
     with pytest.raises(UserError, match="already holds files"):
         prepare_data("web", tmp_path / "web", tokenize, 3, config, Path.cwd())
 

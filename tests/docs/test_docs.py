@@ -96,7 +96,7 @@ def test_commands_options_and_keys_in_the_docs_exist(page: Path, reference: Any)
             continue
         assert words[1] in known[words[0]], f"{page.name}: {line}"
         options = {flag for parameter in known[words[0]][words[1]].params for flag in [*parameter.opts, *parameter.secondary_opts]}
-        for word in words[2:]:
+        for word in words[2 : words.index("--") if "--" in words else None]:  # what follows belongs to another command
             if re.match(r"--?[a-z]", word):
                 assert word.split("=")[0] in options | {"--help"}, f"{page.name}: {line}"
             elif re.match(r"[a-z_]+\.[\w.]+=", word):

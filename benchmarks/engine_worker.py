@@ -48,7 +48,7 @@ GLOBAL_BATCH, LENGTH = 12, 32  # 12 sequences divide among 1, 2, 3 and 4 process
 
 @dataclass
 class Job:
-    """One training. ``load`` and ``save`` are checkpoint folders; ``first`` is the step to begin with (the step of the checkpoint)."""
+    """One training. ``load`` and ``save`` are run folders; ``first`` is the step to begin with (the step of the checkpoint)."""
 
     key: str
     engine: str
@@ -200,7 +200,7 @@ def run_job(job: Job, topology: Topology) -> dict[str, Any]:
     if job.load:
         engine.load(open_checkpoint(Path(job.load), job.first or None).reader)
     seen = watch_dtypes(model, delicate)
-    store = CheckpointStore(Path(job.save), CheckpointConfig(), topology) if job.save else None
+    store = CheckpointStore(Path(job.save) / "checkpoints", CheckpointConfig(), topology) if job.save else None
     for step in range(job.first, job.steps):
         if store is not None and step == job.save_at:
             store.save(engine, step, {"tokens": step * GLOBAL_BATCH * LENGTH})

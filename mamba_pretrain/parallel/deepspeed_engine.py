@@ -120,6 +120,8 @@ class DeepSpeedEngine(Engine):
         """See ``Engine.state``."""
         # A partition's state is empty before the first step; its counter is the same in all.
         state = self.optimizer.state.get(self._state.flats()[0], {})
+        if state:
+            self._state.link()
         for name, parameter in self._named:
             shape = self.model.parameter_shapes[name]
             offset, length = self._state.extent(parameter)

@@ -19,7 +19,7 @@ class ZeroState(Protocol):
         """The flat fp32 partitions that torch's optimizer updates; its state is keyed by them."""
 
     def link(self) -> None:
-        """Makes moments visible that were created outside the optimizer's first step."""
+        """Finds the moments that the optimizer holds now."""
 
     def extent(self, parameter: nn.Parameter) -> tuple[int, int]:
         """(offset, length) of the range of ``parameter`` that this process owns; length 0 when it owns none."""
@@ -45,7 +45,7 @@ class GroupPartitions:
         return self._zero.single_partition_of_fp32_groups
 
     def link(self) -> None:
-        """See ``ZeroState``."""
+        """See ``ZeroState``. DeepSpeed does this once, after its first group's first step, when the other groups have no moments yet."""
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
 

@@ -38,20 +38,28 @@ def job(worker):
 
 
 @pytest.fixture(scope="session")
-def single(worker, job, tmp_path_factory):
-    """One plain process: the numbers that every engine must give."""
-    jobs = [job(model, "single", model=model, steps=8) for model in MODELS]
-    jobs += [job(f"{model}-bf16", "single", model=model, steps=2, compute="bf16") for model in MODELS]
-    jobs += [job("whole-batch", "single", model="hybrid", steps=8, micro=12)]
-    jobs += [job("skip", "single", model="hybrid", steps=4, skip=[0, 2])]
-    jobs += [job("muon", "single", model="hybrid", steps=4, optim={"name": "muon"})]
-    return worker.run_jobs(1, jobs, tmp_path_factory.mktemp("single"))
+def runs(tmp_path_factory):
+    """Where runs save: ``runs / "ENGINE-PROCESSES"``."""
+    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="session")
-def two(worker, job, tmp_path_factory):
-    """Every engine and model on two processes, in fp32 and in bf16, and single settings on one model."""
-    jobs = [job(f"{e}-{m}", e, 2, model=m, steps=8) for e in ENGINES for m in MODELS]
+def single(worker, job, runs):
+    """One plain process: the numbers that every engine must give."""
+    saving = {"save": str(runs / "single-1"), "save_at": 3}
+    jobs = [job(model, "single", model=model, steps=8, **(saving if model == "hybrid" else {})) for model in MODELS]
+    jobs += [job(f"{model}-bf16", "single", model=model, steps=2, compute="bf16") for model in MODELS]
+    jobs += [job("whole-batch", "single", model="hybrid", steps=8, micro=12)]
+    jobs += [job("skip", "single", model="hybrid", steps=4, skip=[0, 2])]
+    jobs += [job("muon", "single", model="hybrid", steps=6, optim={"name": "muon"}, save=str(runs / "muon-1"), save_at=3)]
+    return worker.run_jobs(1, jobs, runs / "single")
+
+
+@pytest.fixture(scope="session")
+def two(worker, job, runs, single):
+    """Every engine and model on two processes, in fp32 and in bf16, single settings on one model, and what ``single`` saved continued."""
+    jobs = [job(f"{e}-{m}", e, 2, model=m, steps=8) for e in ENGINES for m in ("mamba1", "mamba2")]
+    jobs += [job(f"{e}-hybrid", e, 2, model="hybrid", steps=8, save=str(runs / f"{e}-2"), save_at=3) for e in ENGINES]
     jobs += [job(f"{e}-{m}-bf16", e, 2, model=m, steps=2, compute="bf16") for e in ENGINES for m in MODELS]
     jobs += [job(f"{e}-skip", e, 2, model="hybrid", steps=4, skip=[0, 2]) for e in ENGINES]
     for mode in ("block", "selective"):
@@ -59,20 +67,30 @@ def two(worker, job, tmp_path_factory):
         jobs += [job(f"{e}-{mode}", e, 2, model="hybrid", steps=2, parallel=parallel) for e in ("ddp", "fsdp2", "zero2", "zero3")]
     jobs += [job(f"{e}-offload", e, 2, model="hybrid", steps=3, parallel={"cpu_offload": True}) for e in ("fsdp2", "zero2", "zero3")]
     jobs += [job("fsdp2-kept", "fsdp2", 2, model="hybrid", steps=3, parallel={"reshard_after_forward": False})]
-    jobs += [job("fsdp2-muon", "fsdp2", 2, model="hybrid", steps=4, optim={"name": "muon"})]
-    return worker.run_jobs(2, jobs, tmp_path_factory.mktemp("two"))
+    jobs += [job("fsdp2-muon", "fsdp2", 2, model="hybrid", steps=6, first=3, optim={"name": "muon"}, load=str(runs / "muon-1"))]
+    jobs += [job(f"{e}-from-single-1", e, 2, model="hybrid", steps=5, first=3, load=str(runs / "single-1")) for e in ENGINES]
+    return worker.run_jobs(2, jobs, runs / "two")
 
 
 @pytest.fixture(scope="session")
-def three(worker, job, tmp_path_factory):
-    """Shards of unequal size, some of them empty."""
+def three(worker, job, runs, two):
+    """Shards of unequal size, some of them empty; and what two processes saved, continued by three under another engine."""
     jobs = [job(f"{e}-{m}", e, 3, model=m, steps=3) for e in ENGINES for m in ("mamba1", "hybrid")]
-    return worker.run_jobs(3, jobs, tmp_path_factory.mktemp("three"))
+    for target, source in zip(ENGINES, [*ENGINES[1:], ENGINES[0]], strict=True):
+        jobs += [job(f"{target}-from-{source}-2", target, 3, model="hybrid", steps=5, first=3, load=str(runs / f"{source}-2"))]
+    return worker.run_jobs(3, jobs, runs / "three")
 
 
 @pytest.fixture(scope="session")
-def four(worker, job, tmp_path_factory):
+def four(worker, job, runs):
     """Four processes: hsdp is a 2 x 2 mesh, ZeRO++ hpZ has groups of 2."""
     jobs = [job(f"{e}-hybrid", e, 4, model="hybrid", steps=3) for e in ENGINES]
     jobs += [job("hpz-hybrid", "zero3", 4, model="hybrid", steps=3, parallel={"zero_hpz_partition_size": 2})]
-    return worker.run_jobs(4, jobs, tmp_path_factory.mktemp("four"))
+    return worker.run_jobs(4, jobs, runs / "four")
+
+
+@pytest.fixture(scope="session")
+def single_continued(worker, job, runs, two):
+    """What two processes saved under each engine, continued by one plain process."""
+    jobs = [job(f"from-{e}-2", "single", model="hybrid", steps=5, first=3, load=str(runs / f"{e}-2")) for e in ENGINES]
+    return worker.run_jobs(1, jobs, runs / "continued")

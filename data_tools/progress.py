@@ -46,8 +46,8 @@ class Progress:
             self._bar.update(self._task, completed=self.bytes, counts=self._counts())
         elif time.monotonic() - self._printed > SECONDS_PER_LINE:
             self._printed = time.monotonic()
-            left = (self.total - self.bytes) * (self._printed - self._began) / max(1, self.bytes)
-            print(f"{self.title}: {self.bytes / self.total:.0%}  {self._counts()}  {left:.0f} s left", file=sys.stderr, flush=True)
+            left = f"  {(self.total - self.bytes) * (self._printed - self._began) / self.bytes:.0f} s left" if self.bytes else ""
+            print(f"{self.title}: {self.bytes / self.total:.0%}  {self._counts()}{left}", file=sys.stderr, flush=True)
 
     def _counts(self) -> str:
         rate = (self.tokens - self._before) / max(1e-9, time.monotonic() - self._began)

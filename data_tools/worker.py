@@ -138,6 +138,7 @@ class _Task:
         self.result = TaskResult(plan.keys[number])
         self.writers: dict[str, IndexedWriter] = {}
         self.bytes_of = dict.fromkeys(SPLITS, 0)
+        self.size_left = sum(part.size for part in plan.tasks[number])
 
     def run(self) -> TaskResult:
         """Writes the shards and, when they are safe on disk, the record."""
@@ -160,6 +161,7 @@ class _Task:
             shard.text_bytes = self.bytes_of[split]
             self.result.shards[split] = asdict(shard)
         write_whole(self.plan.record(self.number), json.dumps(asdict(self.result)).encode())
+        self.report(Step(self.size_left))
         return self.result
 
     def _abort(self) -> None:
@@ -182,7 +184,7 @@ class _Task:
     def _split_documents(self) -> Iterator[tuple[str, str]]:
         """Texts that are no duplicates, each with its split. The split depends on the text alone, wherever the document stands."""
         dropped = self._duplicates()
-        for number, text in enumerate(documents(self.plan.tasks[self.number], self.options, self.result, self.report, digest=True)):
+        for number, text in enumerate(documents(self.plan.tasks[self.number], self.options, self.result, digest=True)):
             if number in dropped:
                 self.result.duplicates += 1
                 continue
@@ -209,7 +211,9 @@ class _Task:
         self.result.documents += len(texts)
         self.result.tokens += len(tokens)
         self.result.text_bytes += size
-        self.report(Step(documents=len(texts), tokens=len(tokens)))
+        progressed = min(size, self.size_left)  # of the input, which may be compressed or hold more than text
+        self.size_left -= progressed
+        self.report(Step(progressed, len(texts), len(tokens)))
 
 
 def _control(token: int | None, wanted: bool) -> np.ndarray:

@@ -128,6 +128,8 @@ def _open_raw(file: Path, dtype: str | None, tokenizer: Tokenizer) -> Foreign:
 
 
 def _map(file: Path, dtype: str) -> np.ndarray:
+    if dtype not in DTYPES:
+        raise UserError(f"{dtype} is no way to store ids; give --dtype one of {', '.join(DTYPES)}")
     kind = np.dtype(dtype).newbyteorder("<")
     size = file.stat().st_size
     if size % kind.itemsize:

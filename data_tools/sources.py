@@ -64,8 +64,8 @@ def _files_of(source: str, include: Sequence[str], exclude: Sequence[str]) -> It
     if is_url(source):
         filesystem, inner = connect(source)
         protocol = source.partition("://")[0]
-        below = filesystem.glob(inner) if glob.has_magic(source) else filesystem.find(inner)
-        for path in sorted(below):
+        below = filesystem.glob(inner, detail=True) if glob.has_magic(source) else filesystem.find(inner, detail=True)
+        for path in sorted(path for path, info in below.items() if info["type"] == "file"):
             relative = path.removeprefix(inner).lstrip("/")
             if not relative or glob.has_magic(source) or _wanted(relative, include, exclude):
                 yield f"{protocol}://{path.lstrip('/')}"

@@ -65,8 +65,8 @@ def selective_scan(
     return (y, final) if return_final_state else y
 
 
-def _adjacent(t: Tensor | None) -> Tensor | None:
-    """With adjacent channels; a copy only if they are not."""
+def _adjacent(t: Any) -> Any:
+    """A tensor (or None) with adjacent channels; a copy only if they are not."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 

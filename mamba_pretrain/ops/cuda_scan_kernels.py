@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,28 +27,63 @@ SHORTEST_SEGMENT = 256  # steps; below that what segments cost outweighs what th
 
 @dataclass(frozen=True)
 class Tuning:
-    """Shape of a kernel's blocks: warps a block, blocks that must fit on a multiprocessor, channels a quad of lanes (with 16 states or fewer;
-    in proportion with more), every n-th decay on the FMA pipe (0: none)."""
+    """One way to run a kernel: channels a quad of lanes (with 16 states or fewer; less with more), warps that a multiprocessor holds,
+    block sizes to choose from in warps, how much a warp's channel costs, and every n-th decay on the FMA pipe (0: none)."""
 
-    warps: int
-    min_blocks: int
-    lane_channels: int = 4
+    lane_channels: int
+    resident: int
+    warps: tuple[int, ...]
+    cost: float = 1.0
     polynomial_every: int = 0
 
 
-# Measured on an H100 (docs/kernels.md). Elsewhere PORTABLE is used: blocks small enough for 99 KiB of shared memory.
-HOPPER = {"scan_forward": Tuning(4, 4, 2), "scan_carry": Tuning(4, 4, 2), "scan_backward": Tuning(4, 2)}
-PORTABLE = {"scan_forward": Tuning(2, 2, 2), "scan_carry": Tuning(2, 2, 2), "scan_backward": Tuning(2, 1)}
+# Measured on an H100 (docs/kernels.md) with 16-bit activations. Elsewhere PORTABLE is used: blocks that fit in 99 KiB of shared memory.
+HOPPER = {
+    "scan_forward": (Tuning(2, 16, (16, 12, 8, 4)),),
+    "scan_carry": (Tuning(2, 16, (4,)),),
+    "scan_backward": (Tuning(4, 8, (4, 8)), Tuning(2, 12, (12, 4), cost=1.15)),
+}
+PORTABLE = {
+    "scan_forward": (Tuning(2, 8, (4,)),),
+    "scan_carry": (Tuning(2, 8, (4,)),),
+    "scan_backward": (Tuning(4, 4, (2,)),),
+}
+# Time of the pass that finds what segments carry, as a share of the pass over them.
+CARRY_COST = 0.5
+SCHEDULERS = 4  # of a multiprocessor; each runs its own warps
 
 
-def tuning(kernel: str, capability: tuple[int, int], dtype: torch.dtype) -> Tuning:
-    """Block shape of a kernel; the measured table covers 16-bit activations on compute capability 9.0."""
-    return (HOPPER if capability == (9, 0) and dtype != torch.float32 else PORTABLE)[kernel]
+@dataclass(frozen=True)
+class Shape:
+    """A kernel's blocks: channels a quad, warps, blocks that fit on a multiprocessor, the grid over channels, and segments of the length."""
+
+    lane_channels: int
+    warps: int
+    min_blocks: int
+    polynomial_every: int
+    blocks: int
+    segments: int
 
 
-def lane_channels(tuned: Tuning, states: int) -> int:
-    """Channels of a quad of lanes: with more states fewer, so that they stay in registers."""
-    return min(tuned.lane_channels, max(1, 64 // states))
+@functools.cache
+def shape(kernel: str, device: int, dtype: torch.dtype, batch: int, length: int, channels: int, states: int) -> Shape:
+    """The cheapest shape, by the steps that the busiest scheduler of the device must do."""
+    properties = torch.cuda.get_device_properties(device)
+    processors, hopper = properties.multi_processor_count, (properties.major, properties.minor) == (9, 0)
+    best, best_cost = None, math.inf
+    for tuned in (HOPPER if hopper and dtype != torch.float32 else PORTABLE)[kernel]:
+        per_quad = min(tuned.lane_channels, max(1, 64 // states))
+        for warps in tuned.warps:
+            blocks = -(-channels // (warps * 8 * per_quad))
+            free = tuned.resident * processors // (batch * blocks * warps)
+            segments = max(1, min(free, length // SHORTEST_SEGMENT)) if free >= 3 else 1
+            busiest = -(-batch * blocks * segments // processors) * warps
+            cost = -(-busiest // SCHEDULERS) * per_quad * tuned.cost / segments * (1 + CARRY_COST * (segments > 1))
+            if cost < best_cost:
+                min_blocks = max(1, tuned.resident // warps)
+                best, best_cost = Shape(per_quad, warps, min_blocks, tuned.polynomial_every, blocks, segments), cost
+    assert best is not None
+    return best
 
 
 # -- argument structs, as in the sources --------------------------------------------------------------------------------------------------
@@ -58,7 +92,7 @@ def lane_channels(tuned: Tuning, states: int) -> int:
 class Rows(ctypes.Structure):
     """A (batch, length, channels) tensor with adjacent channels."""
 
-    _fields_ = (("data", ctypes.c_void_p), ("batch_stride", ctypes.c_longlong), ("row_stride", ctypes.c_longlong))
+    _fields_ = (("data", ctypes.c_void_p), ("batch_stride", ctypes.c_longlong), ("row_bytes", ctypes.c_int))
 
 
 class Segments(ctypes.Structure):
@@ -78,8 +112,8 @@ def _fields(names: str, kind: type) -> dict[str, type]:
 _GEOMETRY = {**_fields("length channels", ctypes.c_int), "segments": Segments}
 ForwardParams = _struct(
     "ForwardParams",
-    **_fields("u delta z B C y", Rows),
-    **_fields("A D delta_bias seq_idx initial final_state checkpoints", ctypes.c_void_p),
+    **_fields("u delta z B C", Rows),
+    **_fields("y A D delta_bias seq_idx initial final_state checkpoints", ctypes.c_void_p),
     **_GEOMETRY,
 )
 CarryParams = _struct(
@@ -90,8 +124,8 @@ JoinParams = _struct(
 )
 BackwardParams = _struct(
     "BackwardParams",
-    **_fields("u delta z B C dout du ddelta dz", Rows),
-    **_fields("A D delta_bias seq_idx checkpoints dreceived dinitial dBC dA dD dbias", ctypes.c_void_p),
+    **_fields("u delta z B C dout", Rows),
+    **_fields("du ddelta dz A D delta_bias seq_idx checkpoints dreceived dinitial dBC dA dD dbias", ctypes.c_void_p),
     **_GEOMETRY,
 )
 ReduceParams = _struct(
@@ -104,7 +138,7 @@ ReduceParams = _struct(
 def _rows(tensor: Tensor | None) -> Rows:
     if tensor is None:
         return Rows()
-    return Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+    return Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1) * tensor.element_size())
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -138,45 +172,66 @@ class Operands:
         """Uninitialised fp32 working memory."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def grid(self, tuned: Tuning) -> int:
-        """Blocks that cover the channels."""
-        return -(-self.channels // (tuned.warps * 8 * lane_channels(tuned, self.states)))
+    def shape(self, kernel: str) -> Shape:
+        """How a kernel runs for these operands."""
+        return shape(kernel, self.device.index, self.u.dtype, self.batch, self.length, self.channels, self.states)
 
-    def segments(self, kernel: str) -> Segments:
-        """One segment if batch and channels fill the device, else enough to."""
-        tuned = self.tuned(kernel)
-        blocks, room = self.grid(tuned) * self.batch, _device(self.device.index)[1] * tuned.min_blocks
-        count = 1 if 3 * blocks > room else min(room // blocks, self.length // SHORTEST_SEGMENT)
-        length = TILE * -(-self.tiles // max(1, count))
+    def cut(self, count: int) -> Segments:
+        """The length in about ``count`` segments."""
+        length = TILE * -(-self.tiles // count)
         return Segments(-(-self.length // length), length)
 
-    def tuned(self, kernel: str) -> Tuning:
-        """Block shape for these operands."""
-        return tuning(kernel, _device(self.device.index)[0], self.u.dtype)
+    def kernel(self, name: str, values: Tensor | None = None, reverse: int = 0) -> nvrtc.Kernel:
+        """A kernel specialised for these operands. ``values``: an activation that it reads beside u, delta and z."""
+        vector_io = _whole_vectors(self.channels, self.u, self.delta, self.z, values)
+        vector_bc = _whole_vectors(self.states, self.B, self.C)
+        present = (self.z is not None, self.seq_idx is not None)
+        return _kernel(name, self.shape(name), self.shape("scan_backward"), self._kind(), *present, vector_io, vector_bc, reverse)
 
-    def kernel(self, name: str, rows: Iterable[Tensor | None], **macros: int) -> nvrtc.Kernel:
-        """A kernel specialised for these operands. ``rows``: all activations that it reads or writes beside u and delta."""
-        tuned = self.tuned(name) if name in HOPPER else Tuning(8, 1)
-        specialised = {
-            "SCALAR_TYPE": SCALAR_TYPES[self.u.dtype],
-            "STATES": self.states,
-            "HAS_Z": int(self.z is not None),
-            "HAS_SEQ": int(self.seq_idx is not None),
-            "VECTOR_IO": int(_whole_vectors(self.channels, self.u, self.delta, self.z, *rows)),
-            "VECTOR_BC": int(_whole_vectors(self.states, self.B, self.C)),
-            "LANE_CHANNELS": lane_channels(tuned, self.states),
-            "WARPS": tuned.warps,
-            "MIN_BLOCKS": tuned.min_blocks,
-            "POLYNOMIAL_EVERY": tuned.polynomial_every,
-            **macros,
-        }
-        return nvrtc.kernel(f"{name}.cu", specialised, 32 * tuned.warps, self.device.index)
+    def plain_kernel(self, name: str) -> nvrtc.Kernel:
+        """A kernel that has a thread for each result: of 256 threads a block, specialised for dtype and states only."""
+        return _plain_kernel(name, self._kind())
+
+    def _kind(self) -> tuple[torch.dtype, int, int]:
+        return self.u.dtype, self.states, self.device.index
 
 
 @functools.cache
-def _device(index: int) -> tuple[tuple[int, int], int]:
-    properties = torch.cuda.get_device_properties(index)
-    return (properties.major, properties.minor), properties.multi_processor_count
+def _kernel(
+    name: str,
+    shape: Shape,
+    backward: Shape,
+    kind: tuple[torch.dtype, int, int],
+    has_z: bool,
+    has_seq: bool,
+    vector_io: bool,
+    vector_bc: bool,
+    reverse: int,
+) -> nvrtc.Kernel:
+    dtype, states, device = kind
+    macros = {
+        "SCALAR_TYPE": SCALAR_TYPES[dtype],
+        "STATES": states,
+        "LANE_CHANNELS": shape.lane_channels,
+        "TWIST_CHANNELS": backward.lane_channels,
+        "HAS_Z": int(has_z),
+        "HAS_SEQ": int(has_seq),
+        "VECTOR_IO": int(vector_io),
+        "VECTOR_BC": int(vector_bc),
+        "WARPS": shape.warps,
+        "MIN_BLOCKS": shape.min_blocks,
+        "POLYNOMIAL_EVERY": shape.polynomial_every,
+        "REVERSE": reverse,
+    }
+    return nvrtc.kernel(f"{name}.cu", macros, 32 * shape.warps, device)
+
+
+@functools.cache
+def _plain_kernel(name: str, kind: tuple[torch.dtype, int, int]) -> nvrtc.Kernel:
+    dtype, states, device = kind
+    macros = dict.fromkeys(("HAS_Z", "HAS_SEQ", "VECTOR_IO", "VECTOR_BC", "POLYNOMIAL_EVERY"), 0)
+    macros |= dict.fromkeys(("LANE_CHANNELS", "TWIST_CHANNELS", "WARPS", "MIN_BLOCKS"), 1)
+    return nvrtc.kernel(f"{name}.cu", {**macros, "SCALAR_TYPE": SCALAR_TYPES[dtype], "STATES": states}, 256, device)
 
 
 def _whole_vectors(width: int, *tensors: Tensor | None) -> bool:
@@ -189,7 +244,7 @@ def _whole_vectors(width: int, *tensors: Tensor | None) -> bool:
 def _join(ops: Operands, carry: Tensor, delta_sum: Tensor, outer: Tensor | None, reverse: bool) -> Tensor:
     received = torch.empty_like(carry)
     params = JoinParams(*map(_pointer, (ops.A, delta_sum, carry, outer, received)), ops.batch, ops.channels, carry.shape[1], int(reverse))
-    ops.kernel("scan_join", ())((math.ceil(ops.batch * ops.channels * ops.states / 256), 1, 1), params)
+    ops.plain_kernel("scan_join")((math.ceil(ops.batch * ops.channels * ops.states / 256), 1, 1), params)
     return received
 
 
@@ -206,8 +261,8 @@ def _received(ops: Operands, segments: Segments, values: Tensor, outer: Tensor |
         ops.channels,
         segments,
     )
-    kernel = ops.kernel("scan_carry", (values,), REVERSE=int(reverse))
-    kernel((ops.grid(ops.tuned("scan_carry")), ops.batch, segments.count), params)
+    kernel = ops.kernel("scan_carry", values, int(reverse))
+    kernel((ops.shape("scan_carry").blocks, ops.batch, segments.count), params)
     return _join(ops, carry, delta_sum, outer, reverse)
 
 
@@ -219,16 +274,17 @@ def forward(ops: Operands, initial: Tensor | None, save: bool) -> tuple[Tensor, 
     y = torch.empty(ops.u.shape, dtype=ops.u.dtype, device=ops.device)
     final = ops.new(ops.batch, ops.channels, ops.states)
     checkpoints = ops.new(ops.batch, ops.tiles, ops.channels, ops.states) if save else ops.new(0)
-    segments = ops.segments("scan_forward")
+    shape = ops.shape("scan_forward")
+    segments = ops.cut(shape.segments)
     received = _received(ops, segments, ops.u, initial, reverse=False)
     params = ForwardParams(
-        *map(_rows, (ops.u, ops.delta, ops.z, ops.B, ops.C, y)),
-        *map(_pointer, (ops.A, ops.D, ops.delta_bias, ops.seq_idx, received, final, checkpoints if save else None)),
+        *map(_rows, (ops.u, ops.delta, ops.z, ops.B, ops.C)),
+        *map(_pointer, (y, ops.A, ops.D, ops.delta_bias, ops.seq_idx, received, final, checkpoints if save else None)),
         ops.length,
         ops.channels,
         segments,
     )
-    ops.kernel("scan_forward", ())((ops.grid(ops.tuned("scan_forward")), ops.batch, segments.count), params)
+    ops.kernel("scan_forward")((shape.blocks, ops.batch, segments.count), params)
     return y, final, checkpoints
 
 
@@ -270,19 +326,38 @@ class Gradients:
 def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Tensor) -> Gradients:
     """Gradients from those of y and of the final state."""
     grads = Gradients.empty(ops)
-    segments = ops.segments("scan_backward")
+    shape = ops.shape("scan_backward")
+    segments = ops.cut(shape.segments)
     received = _received(ops, segments, dout, dfinal, reverse=True)
-    blocks, rows = ops.grid(ops.tuned("scan_backward")), ops.batch * segments.count
+    blocks, rows = shape.blocks, ops.batch * segments.count
     dBC = ops.new(ops.batch, blocks, 2, ops.length, ops.states)
     dA, dD, dbias = ops.new(rows, ops.channels, ops.states), ops.new(rows, ops.channels), ops.new(rows, ops.channels)
     params = BackwardParams(
-        *map(_rows, (ops.u, ops.delta, ops.z, ops.B, ops.C, dout, grads.u, grads.delta, grads.z if ops.z is not None else None)),
-        *map(_pointer, (ops.A, ops.D, ops.delta_bias, ops.seq_idx, checkpoints, received, grads.initial, dBC, dA, dD, dbias)),
+        *map(_rows, (ops.u, ops.delta, ops.z, ops.B, ops.C, dout)),
+        *map(
+            _pointer,
+            (
+                grads.u,
+                grads.delta,
+                grads.z,
+                ops.A,
+                ops.D,
+                ops.delta_bias,
+                ops.seq_idx,
+                checkpoints,
+                received,
+                grads.initial,
+                dBC,
+                dA,
+                dD,
+                dbias,
+            ),
+        ),
         ops.length,
         ops.channels,
         segments,
     )
-    ops.kernel("scan_backward", (dout,))((blocks, ops.batch, segments.count), params)
+    ops.kernel("scan_backward", dout)((blocks, ops.batch, segments.count), params)
     bc_grid = math.ceil(ops.batch * ops.length * ops.states * 2 / 4 / 256)
     others = math.ceil(ops.channels * (ops.states + 2) / 256)
     sums = ReduceParams(
@@ -294,5 +369,5 @@ def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Te
         ops.channels,
         bc_grid,
     )
-    ops.kernel("scan_reduce", ())((bc_grid + others, 1, 1), sums)
+    ops.plain_kernel("scan_reduce")((bc_grid + others, 1, 1), sums)
     return grads

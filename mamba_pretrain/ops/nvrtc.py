@@ -36,6 +36,7 @@ OPTIONS = ("--std=c++17", "--ftz=true", "--fmad=true", "--device-as-default-exec
 Macros = Mapping[str, int]
 
 
+@functools.cache
 def unavailable() -> str | None:
     """Why kernels cannot be compiled here, in words, or None."""
     try:

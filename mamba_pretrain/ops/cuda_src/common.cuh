@@ -1,43 +1,17 @@
-// Helpers shared by the kernels: storage types, fast math, asynchronous copies. Compiled by NVRTC: no host headers.
+// Helpers shared by the kernels: storage types, math, copies of tiles, sums over quads. Compiled by NVRTC: no host headers.
 //
 // Every kernel is specialised at compile time by macros (see ops/cuda_scan.py):
 //   SCALAR_TYPE 0 fp32, 1 bf16, 2 fp16: how activations are stored; arithmetic is fp32 everywhere
 //   VECTOR_IO   1 if every activation row begins on 16 bytes and holds whole 16-byte chunks
 #pragma once
 
-#define DEVICE __device__ __forceinline__
+#include <ptx.cuh>
 
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 constexpr unsigned FULL_WARP = 0xffffffffu;
 
-#if SCALAR_TYPE == 0
-using scalar_t = float;
-#else
-using scalar_t = unsigned short;
-#endif
-
 // -- storage types ------------------------------------------------------------------------------------------------------
-
-// The two 16-bit numbers in a word, the one at the lower address first.
-DEVICE void unpack(unsigned word, float& first, float& second) {
-#if SCALAR_TYPE == 1
-    first = __uint_as_float(word << 16);
-    second = __uint_as_float(word & 0xffff0000u);
-#else
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(first), "=f"(second) : "r"(word));
-#endif
-}
-
-DEVICE unsigned pack(float first, float second) {
-    unsigned word;
-#if SCALAR_TYPE == 1
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-#endif
-    return word;
-}
 
 DEVICE float to_float(scalar_t x) {
 #if SCALAR_TYPE == 0
@@ -120,24 +94,6 @@ DEVICE void store(scalar_t* p, const float (&v)[K]) {
 
 // -- math ---------------------------------------------------------------------------------------------------------------
 
-DEVICE float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-DEVICE float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-DEVICE float reciprocal_fast(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // 2^x on the FMA pipe, for x <= 0: relieves the special-function unit, which gives 16 results a clock where the FMA pipe gives 128.
 // Cody-Waite with a degree 5 minimax polynomial; relative error 1.6e-7, below ex2.approx's; exactly 0 from -127 down.
 DEVICE float exp2_polynomial(float x) {
@@ -175,46 +131,39 @@ DEVICE float softplus_slope(float y) {
 
 // -- asynchronous copies from global to shared memory -------------------------------------------------------------------
 
-DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+using offset_t = long long;
 
-// Copies 16 bytes, or writes zeros and reads nothing.
-DEVICE void copy16_async(void* shared, const void* global, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(inside ? 16 : 0) : "memory");
-}
+// A (batch, length, channels) tensor whose channels are adjacent.
+struct Rows {
+    scalar_t* data;
+    offset_t batch_stride;  // elements
+    int row_bytes;
+    DEVICE scalar_t* at(int batch, int step) const {
+        return reinterpret_cast<scalar_t*>(reinterpret_cast<char*>(data + batch * batch_stride) + offset_t(step) * row_bytes);
+    }
+};
 
-DEVICE void copy4_async(void* shared, const void* global, bool inside) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(inside ? 4 : 0) : "memory");
-}
-
-DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
-
-// Brings a tile of ROWS x COLS activations into shared memory (PITCH elements a row), zeros outside the first `rows` and `cols`.
-// VECTOR: rows are whole, aligned 16-byte chunks and arrive asynchronously.
+// Brings ROWS steps of COLS channels from (batch, step, first) on into shared memory (PITCH elements a row), zeros outside the first
+// `rows` and `cols`. VECTOR: rows are whole, aligned 16-byte chunks and arrive asynchronously.
 template <bool VECTOR, int ROWS, int COLS, int PITCH, int THREADS>
-DEVICE void copy_tile(scalar_t* tile, const scalar_t* global, long long row_stride, int rows, int cols, int thread) {
+DEVICE void copy_tile(scalar_t* tile, const Rows& from, int batch, int step, int first, int rows, int cols, int thread) {
     constexpr int CHUNK = VECTOR ? 16 / sizeof(scalar_t) : 1, A_ROW = COLS / CHUNK, COUNT = ROWS * A_ROW;
+    const bool whole = rows >= ROWS && cols >= COLS;
 #pragma unroll
     for (int i = 0; i < (COUNT + THREADS - 1) / THREADS; ++i) {
         const int v = thread + i * THREADS, row = v / A_ROW, col = v % A_ROW * CHUNK;
         if (COUNT % THREADS != 0 && v >= COUNT) break;
-        const bool inside = row < rows && col < cols;
-        const scalar_t* source = inside ? global + row * row_stride + col : global;
+        const bool inside = whole || (row < rows && col < cols);
+        scalar_t* target = tile + row * PITCH + col;
         if constexpr (VECTOR) {
-            copy16_async(tile + row * PITCH + col, source, inside);
+            copy_async<16>(target, from.at(batch, step + row) + first + col, inside);
         } else {
-            tile[row * PITCH + col] = inside ? *source : scalar_t(0);
+            *target = inside ? from.at(batch, step + row)[first + col] : scalar_t(0);
         }
     }
 }
 
 // -- sums over the four lanes of a quad, on the tensor cores --------------------------------------------------------------
-
-DEVICE void mma_tf32(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // Sums each of four values over the quad (lanes 4q .. 4q+3); the sums go to `sum` of the quad's lane number `receiver`, all other
 // lanes keep theirs. Four calls, one a receiver, transpose and reduce 16 values with four matrix instructions and no shuffle:

@@ -19,19 +19,17 @@ constexpr int THREADS = WARPS * 32;
 constexpr int GROUP = 16 / CPT;          // steps whose 16 results a quad sums together
 constexpr int STEPS_A_LANE = 4 / CPT;    // of which each lane ends up with this many, for all CPT channels
 constexpr int LANES_A_ROW = WARP_CHANNELS / 4;  // lanes that turn one step of a warp's activations into floats, four channels each
+constexpr int PASSES = TILE * LANES_A_ROW / 32;  // such steps a lane takes
+
+// Slot n of a lane holds state n ^ twist, with a twist for each quad (see exchange in scan_backward.cu); B and C lie in shared memory
+// once per twist. Checkpoints are kept in slot order, which the backward kernel's quads define: TWIST_CHANNELS of theirs.
+constexpr int TWISTS = NPT < 4 ? NPT : 4;
+constexpr int VECTOR = NPT < 4 ? NPT : 4;
 
 // Stands for the time step where a document begins: exp(RESET * A) is exactly 0, so that neither state nor gradient crosses.
 constexpr float RESET = 1e30f;
 // A is kept below this: RESET * A must underflow, and exp(delta * -1e-20) is 1 for any other time step.
 constexpr float LARGEST_A = -1e-20f;
-
-using offset_t = long long;
-
-struct Rows {  // a (batch, length, channels) tensor whose channels are adjacent
-    scalar_t* data;
-    offset_t batch_stride, row_stride;
-    DEVICE scalar_t* at(int batch, int step) const { return data + batch * batch_stride + step * row_stride; }
-};
 
 struct Segments {  // the length is cut into `count` segments of `length` steps (a multiple of TILE), which run in parallel
     int count, length;
@@ -88,19 +86,68 @@ struct DocumentStarts {
 #endif
 };
 
-// Four channels of one step: softplus(delta + bias).
-DEVICE void time_steps(const scalar_t* raw_delta, const float (&bias)[4], float (&delta)[4]) {
-    load<4>(raw_delta, delta);
+// The steps of a tile that this lane turns into floats: PASSES of them, four channels each.
+struct Conversion {
+    int lane;
+    DEVICE int step(int pass) const { return pass * (32 / LANES_A_ROW) + lane / LANES_A_ROW; }
+    DEVICE int channel() const { return lane % LANES_A_ROW * 4; }
+    // All loads come before any store: the compiler must assume that shared arrays overlap, and would wait for each in turn.
+    DEVICE void load(const scalar_t (*tile)[WARP_CHANNELS], float (&x)[PASSES][4]) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) delta[i] = softplus(delta[i] + bias[i]);
-}
+        for (int pass = 0; pass < PASSES; ++pass) ::load<4>(&tile[step(pass)][channel()], x[pass]);
+    }
+    DEVICE void store(float (*tile)[WARP_CHANNELS], const float (&x)[PASSES][4]) const {
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass) ::store<4>(&tile[step(pass)][channel()], x[pass]);
+    }
+    DEVICE void softplus(float (&delta)[PASSES][4], const float (&bias)[4]) const {
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) delta[pass][i] = ::softplus(delta[pass][i] + bias[i]);
+    }
+    DEVICE void multiply(float (&x)[PASSES][4], const float (&y)[PASSES][4]) const {
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[pass][i] *= y[pass][i];
+    }
+    DEVICE void gate(float (&x)[PASSES][4], const float (&z)[PASSES][4]) const {
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[pass][i] *= z[pass][i] * sigmoid(z[pass][i]);
+    }
+    // delta as the recurrence sees it: RESET where a document begins, 0 (nothing happens) past the end.
+    DEVICE void mark(float (&delta)[PASSES][4], unsigned starts, int valid) const {
+        if (starts == 0 && valid >= TILE) return;
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (starts >> step(pass) & 1u) delta[pass][i] = RESET;
+                if (step(pass) >= valid) delta[pass][i] = 0.f;
+            }
+    }
+};
 
-// delta as the recurrence sees it: RESET where a document begins, 0 (nothing happens) past the end.
-DEVICE void mark(float (&delta)[4], unsigned starts, int step, int valid) {
+// Turns a tile of B and C (raw: TILE rows of 2 * STATES) into floats, once per twist. All threads of the block.
+DEVICE void convert_bc(const scalar_t (*raw)[2 * STATES], float (*B)[TWISTS][STATES], float (*C)[TWISTS][STATES]) {
+    constexpr int VECTORS = 2 * STATES / VECTOR;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (starts >> step & 1u) delta[i] = RESET;
-        if (step >= valid) delta[i] = 0.f;
+    for (int first = 0; first < TILE * VECTORS; first += THREADS) {
+        const int v = first + threadIdx.x, step = v / VECTORS, n = v % VECTORS * VECTOR;
+        if (TILE * VECTORS % THREADS != 0 && v >= TILE * VECTORS) break;
+        float x[VECTOR];
+        load<VECTOR>(&raw[step][n], x);
+        float(*copies)[STATES] = n < STATES ? B[step] : C[step];
+#pragma unroll
+        for (int t = 0; t < TWISTS; ++t) {
+            float y[VECTOR];
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) y[i] = x[i ^ t];
+            store<VECTOR>(&copies[t][n % STATES], y);
+        }
     }
 }
 

@@ -18,15 +18,13 @@
 
 constexpr int SUB = 4;                           // steps whose decays and states are in registers
 constexpr int SUBS = TILE / SUB;
-constexpr int TWISTS = NPT < 4 ? NPT : 4;        // ways in which slots are permuted
 constexpr int KEPT = NPT / TWISTS;               // sums of a lane that are left after the exchanges without choice
-constexpr int RECEIVERS = SUB / STEPS_A_LANE;      // lanes of a quad that finish steps of a group of SUB
-constexpr int VECTOR = NPT < 4 ? NPT : 4;
 constexpr int STATE_VECTORS = CPT * NPT / VECTOR;
 static_assert(SUB % STEPS_A_LANE == 0, "a lane finishes whole steps of one group");
 
 struct BackwardParams {
-    Rows u, delta, z, B, C, dout, du, ddelta, dz;
+    Rows u, delta, z, B, C, dout;
+    scalar_t *du, *ddelta, *dz;  // (batch, length, channels), contiguous
     const float *A, *D, *delta_bias;
     const int* seq_idx;
     const float* checkpoints;  // (batch, tiles, channels, states)
@@ -77,30 +75,27 @@ struct Backward {
 
     DEVICE void issue(int start, int end, int stage) const {
         const int rows = end - start, cols = p.channels - channel0;
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.u[stage][0], p.u.at(batch, start) + channel0, p.u.row_stride, rows, cols, lane);
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.delta[stage][0], p.delta.at(batch, start) + channel0, p.delta.row_stride, rows, cols, lane);
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.dout[stage][0], p.dout.at(batch, start) + channel0, p.dout.row_stride, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.u[stage][0], p.u, batch, start, channel0, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.delta[stage][0], p.delta, batch, start, channel0, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.dout[stage][0], p.dout, batch, start, channel0, rows, cols, lane);
 #if HAS_Z
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z[stage][0], p.z.at(batch, start) + channel0, p.z.row_stride, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z[stage][0], p.z, batch, start, channel0, rows, cols, lane);
 #endif
-        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0], p.B.at(batch, start), p.B.row_stride, rows, STATES, threadIdx.x);
-        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0] + STATES, p.C.at(batch, start), p.C.row_stride, rows, STATES, threadIdx.x);
+        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0], p.B, batch, start, 0, rows, STATES, threadIdx.x);
+        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0] + STATES, p.C, batch, start, 0, rows, STATES, threadIdx.x);
         commit_copies();
     }
 
-    // The state kept before a tile, to states[0], permuted. Only this lane reads it, so waiting for its own copies is enough.
+    // The state kept before a tile, to states[0]. Only this lane reads it, so waiting for its own copies is enough.
     DEVICE void issue_checkpoint(int start) const {
         const offset_t tiles = (p.length + TILE - 1) / TILE;
         const int channel = channel0 + own();
         const float* checkpoint = p.checkpoints + ((batch * tiles + start / TILE) * p.channels + channel) * STATES + part() * NPT;
 #pragma unroll
-        for (int c = 0; c < CPT; ++c)
-#pragma unroll
-            for (int n = 0; n < NPT; ++n) {
-                const bool inside = channel + c < p.channels;
-                const int slot = c * NPT + n;
-                copy4_async(&tile.states[0][slot / VECTOR][lane][slot % VECTOR], inside ? checkpoint + c * STATES + (n ^ twist()) : p.checkpoints, inside);
-            }
+        for (int v = 0; v < STATE_VECTORS; ++v) {
+            const int c = v * VECTOR / NPT;
+            copy_async<VECTOR * 4>(tile.states[0][v][lane], checkpoint + c * STATES + v * VECTOR % NPT, channel + c < p.channels);
+        }
         commit_copies();
     }
 
@@ -124,54 +119,24 @@ struct Backward {
         }
     }
 
-    // B and C as floats, once per twist. All threads of the block.
-    DEVICE void prepare_bc(int stage) const {
-        constexpr int VECTORS = 2 * STATES / VECTOR;
-#pragma unroll
-        for (int first = 0; first < TILE * VECTORS; first += THREADS) {
-            const int v = first + threadIdx.x, step = v / VECTORS, n = v % VECTORS * VECTOR;
-            if (TILE * VECTORS % THREADS != 0 && v >= TILE * VECTORS) break;
-            float x[VECTOR];
-            load<VECTOR>(&block.bc[stage][step][n], x);
-            float(*copies)[STATES] = n < STATES ? block.B[step] : block.C[step];
-#pragma unroll
-            for (int t = 0; t < TWISTS; ++t) {
-                float y[VECTOR];
-#pragma unroll
-                for (int i = 0; i < VECTOR; ++i) y[i] = x[i ^ t];
-                store<VECTOR>(&copies[t][n % STATES], y);
-            }
-        }
-    }
-
     DEVICE void prepare(int stage, unsigned starts, int valid) const {
-        const int channel = lane % LANES_A_ROW * 4;
-        float bias[4];
-        load<4>(&tile.bias[channel], bias);
-        const bool special = starts != 0 || valid < TILE;
-#pragma unroll
-        for (int pass = 0; pass < TILE; pass += 32 / LANES_A_ROW) {
-            const int step = pass + lane / LANES_A_ROW;
-            float delta[4], u[4], dy[4];
-            time_steps(&tile.delta[stage][step][channel], bias, delta);
-            load<4>(&tile.u[stage][step][channel], u);
-            load<4>(&tile.dout[stage][step][channel], dy);
+        const Conversion lanes{lane};
+        float bias[4], delta[PASSES][4], u[PASSES][4], dy[PASSES][4];
+        load<4>(&tile.bias[lanes.channel()], bias);
+        lanes.load(tile.delta[stage], delta);
+        lanes.load(tile.u[stage], u);
+        lanes.load(tile.dout[stage], dy);
 #if HAS_Z
-            float z[4];
-            load<4>(&tile.z[stage][step][channel], z);
+        float z[PASSES][4];
+        lanes.load(tile.z[stage], z);
+        lanes.gate(dy, z);
 #endif
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                u[i] *= delta[i];
-#if HAS_Z
-                dy[i] *= z[i] * sigmoid(z[i]);
-#endif
-            }
-            if (special) mark(delta, starts, step, valid);
-            store<4>(&tile.time_step[step][channel], delta);
-            store<4>(&tile.input[step][channel], u);
-            store<4>(&tile.dy[step][channel], dy);
-        }
+        lanes.softplus(delta, bias);
+        lanes.multiply(u, delta);
+        lanes.mark(delta, starts, valid);
+        lanes.store(tile.time_step, delta);
+        lanes.store(tile.input, u);
+        lanes.store(tile.dy, dy);
     }
 
     // The states before each SUB steps but the first, from the one before the tile.
@@ -222,8 +187,8 @@ struct Backward {
         }
     }
 
-    // Steps a lane received from the quad sums: du, d delta, dz, and the lane's share of dD and dbias.
-    DEVICE void finish(int stage, int start, int sub, int valid, const float (&y)[4], const float (&dinput)[4], const float (&dlog)[4]) const {
+    // The steps that a lane received from the quad sums of a group: du, d delta, dz, and the lane's share of dD and dbias.
+    DEVICE void finish(int stage, int start, int group, int valid, const float (&y)[4], const float (&dinput)[4], const float (&dlog)[4]) const {
         const int channel = own();
         float D[CPT], dD[CPT], dbias[CPT];
         load<CPT>(&tile.D[channel], D);
@@ -231,11 +196,17 @@ struct Backward {
         load<CPT>(tile.sums[1][lane], dbias);
 #pragma unroll
         for (int r = 0; r < STEPS_A_LANE; ++r) {
-            const int step = sub * SUB + part() * STEPS_A_LANE + r;
+            const int step = group + part() * STEPS_A_LANE + r;
             float u[CPT], delta[CPT], dy[CPT], du[CPT], ddelta[CPT];
             load<CPT>(&tile.u[stage][step][channel], u);
             load<CPT>(&tile.time_step[step][channel], delta);
             load<CPT>(&tile.dy[step][channel], dy);
+#if HAS_Z
+            float z[CPT], dout[CPT], dz[CPT];
+            load<CPT>(&tile.z[stage][step][channel], z);
+            load<CPT>(&tile.dout[stage][step][channel], dout);
+#endif
+#if HAS_SEQ
             if (delta[0] == RESET) {
                 float bias[CPT];
                 load<CPT>(&tile.bias[channel], bias);
@@ -243,6 +214,7 @@ struct Backward {
 #pragma unroll
                 for (int c = 0; c < CPT; ++c) delta[c] = softplus(delta[c] + bias[c]);
             }
+#endif
 #pragma unroll
             for (int c = 0; c < CPT; ++c) {
                 const int i = r * CPT + c;
@@ -250,23 +222,18 @@ struct Backward {
                 ddelta[c] = fmaf(dinput[i], u[c], dlog[i] * LN2) * softplus_slope(delta[c]);
                 dD[c] = fmaf(dy[c], u[c], dD[c]);
                 dbias[c] += ddelta[c];
-            }
 #if HAS_Z
-            float z[CPT], dout[CPT], dz[CPT];
-            load<CPT>(&tile.z[stage][step][channel], z);
-            load<CPT>(&tile.dout[stage][step][channel], dout);
-#pragma unroll
-            for (int c = 0; c < CPT; ++c) {
                 const float gate = sigmoid(z[c]);
-                dz[c] = dout[c] * fmaf(D[c], u[c], y[r * CPT + c]) * gate * fmaf(z[c], 1.f - gate, 1.f);
-            }
+                dz[c] = dout[c] * fmaf(D[c], u[c], y[i]) * gate * fmaf(z[c], 1.f - gate, 1.f);
 #endif
+            }
             if (step < valid) {
-                const int at = start + step, first = channel0 + channel;
-                store_row(p.du.at(batch, at), first, p.channels, du);
-                store_row(p.ddelta.at(batch, at), first, p.channels, ddelta);
+                const int first = channel0 + channel;
+                const offset_t row = (offset_t(batch) * p.length + start + step) * p.channels;
+                store_row(p.du + row, first, p.channels, du);
+                store_row(p.ddelta + row, first, p.channels, ddelta);
 #if HAS_Z
-                store_row(p.dz.at(batch, at), first, p.channels, dz);
+                store_row(p.dz + row, first, p.channels, dz);
 #endif
             }
         }
@@ -324,7 +291,7 @@ struct Backward {
                 });
                 parts[i % STEPS_A_LANE * CPT + c] = sum;
             });
-            if constexpr (HAS_Z && i % STEPS_A_LANE == STEPS_A_LANE - 1) quad_sum(y, parts, i / STEPS_A_LANE);
+            if constexpr (HAS_Z && i % STEPS_A_LANE == STEPS_A_LANE - 1) quad_sum(y, parts, step % GROUP / STEPS_A_LANE);
             exchange(dC, i % 2 ? odd : even);
             if constexpr (i % 2) collect(tile.dBC[1], step - 1, even, odd);
         });
@@ -360,8 +327,8 @@ struct Backward {
                 log_parts[i % STEPS_A_LANE * CPT + c] = log_sum;
             });
             if constexpr (i % STEPS_A_LANE == 0) {
-                quad_sum(dinput, parts, i / STEPS_A_LANE);
-                quad_sum(dlog, log_parts, i / STEPS_A_LANE);
+                quad_sum(dinput, parts, step % GROUP / STEPS_A_LANE);
+                quad_sum(dlog, log_parts, step % GROUP / STEPS_A_LANE);
             }
             exchange(dB, i % 2 ? odd : even);
             if constexpr (i % 2 == 0) collect(tile.dBC[0], step, even, odd);
@@ -429,18 +396,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             scan.issue(start - TILE, end, stage ^ 1);
             documents.prefetch(p.seq_idx, seq_row, start - TILE, p.length, lane);
         }
-        scan.prepare_bc(stage);
+        convert_bc(block.bc[stage], block.B, block.C);
         scan.prepare(stage, starts, valid);
         __syncthreads();
         scan.rebuild(rate);
 #pragma unroll 1
-        for (int sub = SUBS - 1; sub >= 0; --sub) {
-            float a[SUB][CPT][NPT], h[SUB + 1][CPT][NPT];
+        for (int group = TILE - GROUP; group >= 0; group -= GROUP) {
             float y[4] = {0.f, 0.f, 0.f, 0.f}, dinput[4] = {0.f, 0.f, 0.f, 0.f}, dlog[4] = {0.f, 0.f, 0.f, 0.f};
-            scan.ahead(sub, rate, a, h, y);
-            if (sub == 0 && start > begin) scan.issue_checkpoint(start - TILE);
-            scan.back(sub, rate, a, h, g, dA, dinput, dlog);
-            if (part < RECEIVERS) scan.finish(stage, start, sub, valid, y, dinput, dlog);
+#pragma unroll 1
+            for (int first = group + GROUP - SUB; first >= group; first -= SUB) {
+                float a[SUB][CPT][NPT], h[SUB + 1][CPT][NPT];
+                scan.ahead(first / SUB, rate, a, h, y);
+                if (first == 0 && start > begin) scan.issue_checkpoint(start - TILE);
+                scan.back(first / SUB, rate, a, h, g, dA, dinput, dlog);
+            }
+            scan.finish(stage, start, group, valid, y, dinput, dlog);
         }
     }
     __syncthreads();

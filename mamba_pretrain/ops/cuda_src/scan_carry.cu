@@ -38,38 +38,33 @@ struct CarryWarp {
 
     DEVICE void issue(int start, int end, int stage) const {
         const int rows = end - start, cols = p.channels - channel0;
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.values[stage][0], p.values.at(batch, start) + channel0, p.values.row_stride, rows, cols, lane);
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.delta[stage][0], p.delta.at(batch, start) + channel0, p.delta.row_stride, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.values[stage][0], p.values, batch, start, channel0, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.delta[stage][0], p.delta, batch, start, channel0, rows, cols, lane);
         if constexpr (GATED)
-            copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z[stage][0], p.z.at(batch, start) + channel0, p.z.row_stride, rows, cols, lane);
-        copy_tile<VECTOR_BC, TILE, STATES, STATES, 32>(tile.bc[stage][0], p.BC.at(batch, start), p.BC.row_stride, rows, STATES, lane);
+            copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z[stage][0], p.z, batch, start, channel0, rows, cols, lane);
+        copy_tile<VECTOR_BC, TILE, STATES, STATES, 32>(tile.bc[stage][0], p.BC, batch, start, 0, rows, STATES, lane);
         commit_copies();
     }
 
     DEVICE void prepare(int stage, const float (&bias)[4], unsigned starts, int valid, float (&delta_sum)[4]) const {
-        const int channel = lane % LANES_A_ROW * 4;
-        const bool special = starts != 0 || valid < TILE;
-#pragma unroll
-        for (int pass = 0; pass < TILE; pass += 32 / LANES_A_ROW) {
-            const int step = pass + lane / LANES_A_ROW;
-            float delta[4], input[4];
-            time_steps(&tile.delta[stage][step][channel], bias, delta);
-            load<4>(&tile.values[stage][step][channel], input);
-            if constexpr (GATED) {
-                float z[4];
-                load<4>(&tile.z[stage][step][channel], z);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) input[i] *= z[i] * sigmoid(z[i]);
-            } else if constexpr (!REVERSE) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) input[i] *= delta[i];
-            }
-            if (special) mark(delta, starts, step, valid);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) delta_sum[i] += delta[i];
-            store<4>(&tile.time_step[step][channel], delta);
-            store<4>(&tile.input[step][channel], input);
+        const Conversion lanes{lane};
+        float delta[PASSES][4], input[PASSES][4];
+        lanes.load(tile.delta[stage], delta);
+        lanes.load(tile.values[stage], input);
+        if constexpr (GATED) {
+            float z[PASSES][4];
+            lanes.load(tile.z[stage], z);
+            lanes.gate(input, z);
         }
+        lanes.softplus(delta, bias);
+        if constexpr (!REVERSE) lanes.multiply(input, delta);
+        lanes.mark(delta, starts, valid);
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) delta_sum[i] += delta[pass][i];
+        lanes.store(tile.time_step, delta);
+        lanes.store(tile.input, input);
 #pragma unroll
         for (int v = 0; v < TILE * STATES; v += 32 * 4) {
             float x[4];

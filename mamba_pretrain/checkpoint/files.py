@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 
 from mamba_pretrain.checkpoint.portable import Segment
@@ -85,24 +84,3 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-class StagingBuffers:
-    """Host memory into which state is copied, so that training may go on changing the original while the copy is written.
-
-    Buffers are kept from save to save: fresh memory costs a page fault per 4 KB, pinned memory much more.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int], torch.Tensor] = {}
-
-    def stage(self, segment: Segment) -> Segment:
-        """The segment as fp32 in a buffer of its own; the copy from a GPU may still be under way."""
-        source = segment.data.detach()
-        key = (segment.name, segment.offset)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() != source.numel():
-            buffer = torch.empty(source.shape, dtype=torch.float32, pin_memory=source.device.type == "cuda")
-            self._buffers[key] = buffer
-        buffer.copy_(source, non_blocking=True)
-        return Segment(segment.name, segment.shape, segment.offset, buffer)

@@ -22,8 +22,7 @@ import torch.distributed as dist
 
 from data_tools.errors import UserError
 from mamba_pretrain.checkpoint.config import CheckpointConfig
-from mamba_pretrain.checkpoint.files import FileRecord, StagingBuffers, write_segments
-from mamba_pretrain.checkpoint.portable import Segment
+from mamba_pretrain.checkpoint.files import FileRecord, write_segments
 from mamba_pretrain.checkpoint.reading import (
     FORMAT,
     LATEST,
@@ -35,6 +34,7 @@ from mamba_pretrain.checkpoint.reading import (
     read_manifest,
 )
 from mamba_pretrain.checkpoint.remote import RemoteFolder
+from mamba_pretrain.checkpoint.staging import StagedCopy, StagingBuffers
 from mamba_pretrain.parallel.engine import Engine
 from mamba_pretrain.parallel.topology import Topology
 
@@ -100,7 +100,7 @@ class CheckpointStore:
     # -- saving
 
     def save(self, engine: Engine, step: int, meta: dict[str, Any]) -> None:
-        """Saves ``engine``'s state and ``meta``. With ``async_save`` returns once the state is copied.
+        """Saves ``engine``'s state and ``meta``. With ``async_save`` returns at once; the next update waits until the state is copied.
 
         Raises SaveError on every process when the save before it failed on one, or when this one cannot begin.
         """
@@ -112,10 +112,9 @@ class CheckpointStore:
         if self._any(error is not None):
             raise _save_error(error)
         temporary.mkdir(parents=True, exist_ok=True)
-        segments = [self._buffers.stage(segment) for segment in engine.state()]
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        arguments = (temporary, segments, step, {"engine": engine.name, "world_size": self.topology.world_size, "meta": meta})
+        copy = self._buffers.begin(list(engine.state()))
+        engine.before_update = copy.before_update
+        arguments = (temporary, copy, step, {"engine": engine.name, "world_size": self.topology.world_size, "meta": meta})
         # A daemon, so that a process that fails is not held by a save whose peers are gone; `wait` is what normally ends it.
         self._thread = threading.Thread(target=self._guarded, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
@@ -152,16 +151,16 @@ class CheckpointStore:
             return error
         return None
 
-    def _guarded(self, temporary: Path, segments: list[Segment], step: int, description: dict[str, Any]) -> None:
+    def _guarded(self, temporary: Path, copy: StagedCopy, step: int, description: dict[str, Any]) -> None:
         try:
-            self._write(temporary, segments, step, description)
+            self._write(temporary, copy, step, description)
         except BaseException as error:
             self._error = error
 
-    def _write(self, temporary: Path, segments: list[Segment], step: int, description: dict[str, Any]) -> None:
+    def _write(self, temporary: Path, copy: StagedCopy, step: int, description: dict[str, Any]) -> None:
         rank = self.topology.rank
         path = temporary / f"rank-{rank:05d}.safetensors"
-        record = write_segments(path, segments)
+        record = write_segments(path, copy.finish())
         copied = self._copy(step, path)
         write_json(temporary / f"rank-{rank:05d}.json", {"file": record.to_dict(), "copied": copied})
         if rank != 0:

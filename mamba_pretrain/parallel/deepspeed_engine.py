@@ -77,6 +77,7 @@ class DeepSpeedEngine(Engine):
         self._zero.clip_grad = max_norm
         self._skip_if = skip_if
         self._norm = torch.full((), torch.inf, device=self.topology.device)
+        self.await_copy()
         self._engine.step()
         return StepResult(self._norm, bool(self._zero.overflow))
 

@@ -40,6 +40,8 @@ class Engine(ABC):
         self.precision = precision
         self.topology = topology
         self.name = strategy_of(parallel, topology)
+        # Set by a save under way: returns when the weights and moments may change.
+        self.before_update: Callable[[], None] | None = None
         self.isolate_documents = True
 
     @abstractmethod
@@ -73,6 +75,12 @@ class Engine(ABC):
     @abstractmethod
     def full_state_dict(self) -> dict[str, Tensor]:
         """All fp32 weights by name on rank 0's CPU; every rank must call it, the others get an empty dict."""
+
+    def await_copy(self) -> None:
+        """Called by ``step`` before it changes weights or moments: a save may still be copying them."""
+        if self.before_update is not None:
+            self.before_update()
+            self.before_update = None
 
     def autocast(self) -> AbstractContextManager:
         """bf16 matmuls, where configured; the same in every engine."""

@@ -92,6 +92,7 @@ class TorchEngine(Engine):
         if not skipped:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
             set_learning_rate(self.optimizer, lr)
+            self.await_copy()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, skipped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -29,6 +30,7 @@ class StandIn:
     rank: int = 0
     world: int = 1
     name: str = "stand-in"
+    before_update: Callable[[], None] | None = None
 
     def state(self):
         for name, tensor in self.full.items():

@@ -13,6 +13,7 @@ from data_tools.errors import UserError
 from mamba_pretrain.checkpoint import store as store_module
 from mamba_pretrain.checkpoint.portable import whole
 from mamba_pretrain.checkpoint.reading import latest_step, list_checkpoints, open_checkpoint
+from mamba_pretrain.checkpoint.staging import StagedCopy, StagingBuffers
 from mamba_pretrain.checkpoint.store import SaveError
 
 
@@ -49,6 +50,7 @@ def test_training_may_change_the_state_while_it_is_written(make_store, make_engi
     engine, full = make_engine(1)
     before = {name: tensor.clone() for name, tensor in full.items()}
     store.save(engine, 5, {})
+    engine.before_update()
     for tensor in full.values():
         tensor.zero_()
     go.set()
@@ -74,6 +76,44 @@ def test_a_step_saved_again_replaces_the_first(make_store, make_engine):
     engine, full = make_engine(2)
     store.save(engine, 5, {})
     assert same(store.open(), full)
+
+
+def test_an_update_waits_for_the_copy(make_store, make_engine, monkeypatch):
+    go, copy = threading.Event(), StagedCopy._copy
+
+    def slow(self):
+        assert go.wait(10)
+        copy(self)
+
+    monkeypatch.setattr(StagedCopy, "_copy", slow)
+    store, (engine, full) = make_store(), make_engine(1)
+    before = {name: tensor.clone() for name, tensor in full.items()}
+    store.save(engine, 5, {})
+
+    def update():
+        engine.before_update()
+        for tensor in full.values():
+            tensor.zero_()
+
+    updating = threading.Thread(target=update)
+    updating.start()
+    updating.join(0.2)
+    assert updating.is_alive(), "the update did not wait"
+    go.set()
+    updating.join(10)
+    assert same(store.open(), before)
+
+
+def test_a_copy_that_fails_does_not_hold_the_update(make_store, make_engine, monkeypatch):
+    def failing(self):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(StagedCopy, "_copy", failing)
+    store, (engine, _) = make_store(), make_engine(1)
+    store.save(engine, 5, {})
+    engine.before_update()
+    with pytest.raises(SaveError, match="no memory"):
+        store.wait()
 
 
 class Killed(BaseException):
@@ -146,7 +186,7 @@ def test_missing_parts_end_in_an_error_not_a_hang(make_engine, root):
     root.mkdir()
     (root / ".tmp-step-00000005").mkdir()
     with pytest.raises(SaveError, match=r"rank-00001\.json did not appear within 0\.3 s"):
-        peerless._write(root / ".tmp-step-00000005", list(make_engine()[0].state()), 5, {})
+        peerless._write(root / ".tmp-step-00000005", StagingBuffers().begin(list(make_engine()[0].state())), 5, {})
     assert latest_step(root) is None
 
 

@@ -71,14 +71,13 @@ class Setting:
 def ours(setting: Setting) -> Step:
     """Our model through our engine and our step."""
     from mamba_pretrain.data.batch import Batch
-    from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
-    from mamba_pretrain.parallel.engine import build_engine
-
     from mamba_pretrain.models.language_model import LanguageModel
     from mamba_pretrain.ops import registry
     from mamba_pretrain.optim.build import optimizer_builder
     from mamba_pretrain.optim.config import OptimConfig
     from mamba_pretrain.parallel import topology
+    from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
+    from mamba_pretrain.parallel.engine import build_engine
     from mamba_pretrain.training.step import train_step
 
     with torch.device("meta"):

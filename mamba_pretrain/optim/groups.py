@@ -11,7 +11,9 @@ from torch import nn
 class Policy(Protocol):
     """The part of a parameter's policy that the optimizer needs."""
 
-    decay: bool
+    @property
+    def decay(self) -> bool:
+        """Whether weight decay applies."""
 
 
 NamedParameters = list[tuple[str, nn.Parameter]]

@@ -43,11 +43,11 @@ class ReadMetrics(Callback):
         self._throughput = throughput
         self._eager = eager
         self._pending: StepRecord | None = None
-        self._last_finish = 0.0
+        self._last_finish = self._last_queued = 0.0
 
     def on_start(self, run: Run) -> None:
         """Starts the clock of the first step."""
-        self._last_finish = time.perf_counter()
+        self._last_finish = self._last_queued = time.perf_counter()
 
     def on_step(self, run: Run, record: StepRecord) -> None:
         """Reads the previous step and keeps this one."""
@@ -70,7 +70,10 @@ class ReadMetrics(Callback):
             return
         loss, grad_norm = float(record.metrics.loss), float(record.metrics.grad_norm)
         now = time.perf_counter()
-        seconds, self._last_finish = now - self._last_finish, now
+        # Read late, a step took the time between two reads. Read at once (before a save), the last read is but a moment ago, and the time
+        # between two launches tells.
+        seconds = max(now - self._last_finish, record.queued_at - self._last_queued)
+        self._last_finish, self._last_queued = now, record.queued_at
         run.state.remember(loss, grad_norm)
         row: Row = {"kind": "train", "step": record.step, "tokens": record.tokens, "time": time.time(), "loss": loss, "lr": record.lr}
         row |= {"grad_norm": grad_norm, "step_time": seconds, "data_wait": record.data_wait, "restart": run.state.restarts}
@@ -81,6 +84,7 @@ class ReadMetrics(Callback):
     def exclude(self, seconds: float) -> None:
         """Takes time spent on evaluation or saving out of the next step's time."""
         self._last_finish += seconds
+        self._last_queued += seconds
 
 
 class WriteRows(Callback):

@@ -65,6 +65,7 @@ class StepRecord:
     lr: float
     metrics: StepMetrics
     data_wait: float
+    queued_at: float  # on the clock of time.perf_counter
 
 
 def train_loop(run: Run) -> str:
@@ -81,7 +82,7 @@ def train_loop(run: Run) -> str:
         tokens = size * run.data.sequence_length
         run.state.step += 1
         run.state.tokens += tokens
-        run.tell("on_step", StepRecord(run.state.step, run.state.tokens, tokens, lr, metrics, data_wait))
+        run.tell("on_step", StepRecord(run.state.step, run.state.tokens, tokens, lr, metrics, data_wait, time.perf_counter()))
     reason = run.stop_reason or FINISHED
     run.tell("on_stop", reason)
     return reason

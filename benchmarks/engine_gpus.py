@@ -1,0 +1,203 @@
+"""Engines on GPUs: loss curves of the 370m models, speed, memory, and weak scaling of the 1.4b model.
+
+    python benchmarks/engine_gpus.py --gpus 2                                  # everything: about 10 minutes on 2 H100
+    python benchmarks/engine_gpus.py --gpus 2 --steps 40 --engines fsdp2 zero3 --models mamba2-370m --no-scaling
+    python benchmarks/engine_gpus.py --check                                   # reads the newest record
+
+Starts its own processes, one per GPU, and runs all jobs of a number of GPUs in one process group. Bars: loss curves of all engines within the
+bf16 band of each other; weak scaling of FSDP2 from 1 to 2 GPUs at least 95%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_worker import start_processes
+from record import newest, record
+
+MODELS = {
+    "mamba1-370m": {"mixer": "mamba1", "vocab_size": 50277, "d_model": 1024, "n_layer": 48},
+    "mamba2-370m": {"mixer": "mamba2", "vocab_size": 50277, "d_model": 1024, "n_layer": 48},
+    "mamba1-1.4b": {"mixer": "mamba1", "vocab_size": 50277, "d_model": 2048, "n_layer": 48},
+}
+LENGTH = 2048
+# Gradients rounded to bf16 and summed in another order, and atomics in the official backward kernels, make curves drift apart slowly: 1% at most
+# over 100 steps, compared on means of 10 steps so that single batches do not decide.
+BAND = 0.01
+SCALING_BAR = 0.95
+
+
+def batches(step: int, rank: int, world: int, rows: int, vocab: int) -> list[Any]:
+    """This rank's batch of a step. Text-like: Zipf-distributed words, and copies of what came 64 tokens before, which a model can learn."""
+    import torch
+
+    from mamba_pretrain.data.batch import Batch
+
+    generator = torch.Generator().manual_seed(step)
+    shape = (rows * world, LENGTH + 1)
+    words = (torch.rand(shape, generator=generator) ** 4 * vocab).long()
+    copied = torch.rand(shape, generator=generator) < 0.5
+    for start in range(64, LENGTH + 1, 64):
+        span = slice(start, min(start + 64, LENGTH + 1))
+        before = words[:, start - 64 : span.stop - 64]
+        words[:, span] = torch.where(copied[:, span], before, words[:, span])
+    mine = words[rank * rows : (rank + 1) * rows]
+    positions = torch.arange(LENGTH).repeat(rows, 1)
+    batch = Batch(
+        mine[:, :-1].contiguous(), mine[:, 1:].contiguous(), torch.zeros(rows, LENGTH).int(), positions, rows * LENGTH, positions[:, 0]
+    )
+    return [batch.pinned()]
+
+
+def run_job(job: dict[str, Any], topology: Any) -> dict[str, Any]:
+    """Trains one model under one engine; losses, tokens per second and GPU, peak memory, kernels."""
+    import gc
+
+    import torch
+
+    from mamba_pretrain.models.config import ModelConfig
+    from mamba_pretrain.models.language_model import LanguageModel
+    from mamba_pretrain.ops import registry
+    from mamba_pretrain.optim.build import optimizer_builder
+    from mamba_pretrain.optim.config import OptimConfig
+    from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
+    from mamba_pretrain.parallel.engine import build_engine
+    from mamba_pretrain.training.step import train_step
+
+    config = ModelConfig(**MODELS[job["model"]])
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    engine = build_engine(ParallelConfig(strategy=job["engine"]), PrecisionConfig(), topology)
+    engine.prepare(model, optimizer_builder(OptimConfig(lr=1e-3), model.parameter_policies()), seed=1)
+    engine.isolate_documents = False  # a sequence is one document here, so that every kernel can serve
+    torch.cuda.reset_peak_memory_stats()
+    losses, marks = [], []
+    for step in range(job["steps"]):
+        found = train_step(
+            engine, batches(step, topology.rank, topology.world_size, job["rows"], config.vocab_size), min(1e-3, 1e-4 * (step + 1)), 1.0
+        )
+        losses.append(float(found.loss))
+        marks.append(time.perf_counter())
+    seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][len(marks) // 4 :]
+    result = {
+        "losses": [round(loss, 5) for loss in losses],
+        "tokens_per_second_per_gpu": round(job["rows"] * LENGTH / statistics.median(seconds)),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "kernels": {choice.op: choice.name for choice in registry.choices()},
+    }
+    del engine, model, found
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def worker(folder: Path) -> None:
+    """One process: runs ``folder/jobs.json``; rank 0 writes ``folder/results.json`` after every job."""
+    from mamba_pretrain.parallel import topology as ranks
+    from mamba_pretrain.parallel.config import ParallelConfig
+
+    topology = ranks.initialize(ParallelConfig(timeout_minutes=5.0, strategy="zero1"))
+    results = []
+    for job in json.loads((folder / "jobs.json").read_text()):
+        results.append(job | run_job(job, topology))
+        if topology.rank == 0:
+            print({key: value for key, value in results[-1].items() if key != "losses"}, flush=True)
+            (folder / "results.json").write_text(json.dumps(results))
+    ranks.shutdown()
+
+
+def launch(gpus: int, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs jobs on a number of GPUs. Raises RuntimeError with the output of rank 0 if they do not finish."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        codes = [process.wait() for process in start_processes(gpus, [str(Path(__file__).resolve()), "--worker", name], folder)]
+        results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else []
+        output = (folder / "rank-0.log").read_text()
+        if any(codes) and len(results) < len(jobs):
+            print(f"{gpus} GPUs: {len(results)} of {len(jobs)} jobs finished\n{output[-4000:]}", file=sys.stderr)
+        return results
+
+
+def band(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Per model, the largest relative distance between two engines' losses, on means of 10 steps."""
+    found = {}
+    for model in {run["model"] for run in runs}:
+        curves = [
+            [statistics.fmean(run["losses"][i : i + 10]) for i in range(0, len(run["losses"]), 10)] for run in runs if run["model"] == model
+        ]
+        found[model] = (
+            max(abs(a - b) / b for one, other in itertools.permutations(curves, 2) for a, b in zip(one, other, strict=True))
+            if len(curves) > 1
+            else 0.0
+        )
+    return found
+
+
+def verdict(payload: dict[str, Any]) -> bool:
+    """Prints the figures against the bars; whether all are met."""
+    for run in payload["runs"] + payload["scaling"]:
+        speed = f"{run['tokens_per_second_per_gpu']:>8,} tokens/s/GPU  {run['peak_gb']:6.2f} GB"
+        print(f"{run['model']:12} {run['engine']:7} x{run['gpus']}  {speed}  loss {run['losses'][0]:.4f} -> {run['losses'][-1]:.4f}")
+    for model, distance in payload["band"].items():
+        print(f"{model}: engines within {distance:.2%} of each other (bar {BAND:.0%})")
+    good = bool(payload["band"]) and max(payload["band"].values()) <= BAND
+    if payload["weak_scaling"] is not None:
+        print(f"weak scaling of FSDP2, 1.4b, 1 to {payload['gpus']} GPUs: {payload['weak_scaling']:.1%} (bar {SCALING_BAR:.0%})")
+        good = good and payload["weak_scaling"] >= SCALING_BAR
+    return good
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All jobs on all numbers of GPUs."""
+    gpus = arguments.gpus
+    jobs = [
+        {"engine": e, "model": m, "steps": arguments.steps, "rows": arguments.rows, "gpus": gpus}
+        for m in arguments.models
+        for e in arguments.engines
+    ]
+    large = {"model": "mamba1-1.4b", "steps": 16, "rows": arguments.large_rows}
+    many = launch(gpus, [*jobs, *([{**large, "engine": "fsdp2", "gpus": gpus}] if arguments.scaling else [])])
+    # One process's fsdp2 has nothing to shard: the plain engine, the strictest base there is.
+    one = launch(1, [{**large, "engine": "single", "gpus": 1}]) if arguments.scaling else []
+    runs, scaling = [run for run in many if run["steps"] == arguments.steps], [run for run in many + one if run["model"] == large["model"]]
+    share = scaling[0]["tokens_per_second_per_gpu"] / scaling[1]["tokens_per_second_per_gpu"] if len(scaling) == 2 else None
+    return {"gpus": gpus, "runs": runs, "scaling": scaling, "band": band(runs), "weak_scaling": share}
+
+
+def main() -> int:
+    """Measures or reads, prints, records; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="read the newest record and exit 1 if a bar is missed")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=8, help="sequences of 2048 tokens per GPU and step, 370m")
+    parser.add_argument("--large-rows", type=int, default=4, help="the same for 1.4b")
+    parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp2", "zero2", "zero3"])
+    parser.add_argument("--models", nargs="+", default=["mamba1-370m", "mamba2-370m"], choices=sorted(MODELS))
+    parser.add_argument(
+        "--scaling", action=argparse.BooleanOptionalAction, default=True, help="also measure weak scaling of the 1.4b model"
+    )
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments.worker)
+        return 0
+    if arguments.check:
+        return int(not verdict(newest("engine_gpus")))
+    payload = measure(arguments)
+    print("recorded", record("engine_gpus", payload))
+    return int(not verdict(payload))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -240,6 +240,9 @@ def check(result: dict[str, Any]) -> list[str]:
         ratio = base["tokens_per_second"] / peer["tokens_per_second"]
         if ratio < BARS[row["model"]]:
             failed.append(f"{row['model']}: {ratio:.2f}x mamba_ssm is under {BARS[row['model']]}x")
+        if not base["losses"]:
+            failed.append(f"{row['model']}: losses were not recorded")
+            continue
         worst = max(abs(a - b) / b for a, b in zip(base["losses"], peer["losses"], strict=True))
         print(f"  losses differ from mamba_ssm's by at most {worst:.1e} relative over {len(peer['losses'])} steps")
         if worst > LOSS_TOLERANCE:

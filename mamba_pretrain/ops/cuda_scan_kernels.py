@@ -234,6 +234,24 @@ def _plain_kernel(name: str, kind: tuple[torch.dtype, int, int]) -> nvrtc.Kernel
     return nvrtc.kernel(f"{name}.cu", {**macros, "SCALAR_TYPE": SCALAR_TYPES[dtype], "STATES": states}, 256, device)
 
 
+def warm_up(
+    dtype: torch.dtype, batch: int, length: int, channels: int, states: int, device: int, has_z: bool = True, has_seq: bool = True
+) -> None:
+    """Compiles and loads what calls of this size need, so that the first of them does not wait (it is no part of a timed step)."""
+
+    def geometry(name: str) -> Shape:
+        return shape(name, device, dtype, batch, length, channels, states)
+
+    kind, wide = (dtype, states, device), channels % 8 == 0
+    for name in ("scan_forward", "scan_backward"):
+        reverse = name == "scan_backward"
+        _kernel(name, geometry(name), geometry("scan_backward"), kind, has_z, has_seq, wide, True, 0)
+        if geometry(name).segments > 1:
+            _kernel("scan_carry", geometry("scan_carry"), geometry("scan_backward"), kind, has_z, has_seq, wide, True, int(reverse))
+            _plain_kernel("scan_join", kind)
+    _plain_kernel("scan_reduce", kind)
+
+
 def _whole_vectors(width: int, *tensors: Tensor | None) -> bool:
     """Whether every row begins on 16 bytes and holds whole 16-byte chunks."""
     present = [t for t in tensors if t is not None]

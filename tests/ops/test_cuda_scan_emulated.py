@@ -29,9 +29,12 @@ PARAMS = {
     "scan_reduce": "ReduceParams",
 }
 
-ODD_LENGTH = SimpleNamespace(
-    length=101, delta=(-2.0, 1.0), decay=(0.5, 16.0), starts="random", initial=True, final=True, optional=True, options={}
-)
+
+def case(**changes):
+    """A case as in the table of conftest.py."""
+    usual = {"length": 53, "delta": (-2.0, 1.0), "decay": (0.5, 16.0), "starts": "random", "initial": True, "final": True, "optional": True}
+    return SimpleNamespace(**{**usual, "options": {}, **changes})
+
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -53,7 +56,8 @@ def library(folder: Path, name: str, macros: tuple[tuple[str, int], ...]) -> cty
     path = folder / f"{name}-{hashlib.sha256(repr(macros).encode()).hexdigest()[:16]}.so"
     definitions = [f"-D{k}={v}" for k, v in macros]
     definitions += [f'-DSOURCE="{nvrtc.SOURCES / name}.cu"', f"-DKERNEL={name}", f"-DPARAMS={PARAMS[name]}"]
-    options = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", f"-I{EMULATION}", f"-I{nvrtc.SOURCES}"]
+    options = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
+    options += [f"-I{EMULATION}", f"-I{nvrtc.SOURCES}"]
     subprocess.run(["g++", *options, *definitions, "-o", path, EMULATION / "run.cpp"], check=True)
     return ctypes.CDLL(str(path))
 
@@ -66,7 +70,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def emulated(folder, monkeypatch):
-    """Registers the implementation ``emulated``; ``emulated(**shape)`` sets how kernels run."""
+    """Registers the implementation ``emulated``; calling the fixture sets how kernels run."""
 
     def kernel(file: str, macros: dict[str, int], block: int, device: int) -> EmulatedKernel:
         name = Path(file).stem
@@ -95,7 +99,7 @@ def emulated(folder, monkeypatch):
     monkeypatch.setitem(registry._implementations, "selective_scan", named)
     registry.register("selective_scan", "emulated", priority=-1)(scan)
 
-    def set_shapes(states: int, segments: int = 1, lane_channels: int = 4, warps: int = 2) -> None:
+    def set_shapes(segments: int = 1, lane_channels: int = 4, warps: int = 2) -> None:
         def shape(kernel, device, dtype, batch, length, channels, states):
             per_quad = min(lane_channels if kernel == "scan_backward" else 2, lane_channels, 64 // states)
             return kernels.Shape(per_quad, warps, 1, 0, -(-channels // (warps * 8 * per_quad)), segments)
@@ -109,23 +113,72 @@ def emulated(folder, monkeypatch):
     kernels._plain_kernel.cache_clear()
 
 
-def test_cases(short_selective_scan_case, check_selective_scan, emulated):
-    emulated(states=16)
+@pytest.mark.parametrize(
+    "this",
+    [
+        case(),
+        case(starts=(16,), length=16),
+        case(starts="every", length=33),
+        case(decay=(1e-8, 1e4), delta=(0.0, 4.0)),
+        case(optional=False, initial=False, final=False, starts="none"),
+    ],
+    ids=["usual", "one-tile", "starts-everywhere", "decays-of-all-sizes", "only-what-is-required"],
+)
+def test_some_cases(this, check_selective_scan, emulated):
+    emulated()
+    check_selective_scan(this, "emulated", dtype=torch.bfloat16, batch=1, channels=40, state=16)
+
+
+def test_segments(check_selective_scan, emulated):
+    emulated(segments=3)
+    check_selective_scan(case(length=101), "emulated", dtype=torch.bfloat16, batch=1, channels=40, state=16)
+
+
+@pytest.mark.slow
+def test_all_cases(short_selective_scan_case, check_selective_scan, emulated):
+    emulated()
     check_selective_scan(short_selective_scan_case, "emulated", dtype=torch.bfloat16, channels=72, state=16)
 
 
-def test_segments(short_selective_scan_case, check_selective_scan, emulated):
-    emulated(states=16, segments=3)
-    check_selective_scan(short_selective_scan_case, "emulated", dtype=torch.bfloat16, channels=40, state=16)
+@pytest.mark.slow
+def test_all_cases_in_segments(short_selective_scan_case, check_selective_scan, emulated):
+    emulated(segments=3)
+    check_selective_scan(short_selective_scan_case, "emulated", dtype=torch.bfloat16, batch=1, channels=40, state=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", kernels.STATES)
 @pytest.mark.parametrize(("channels", "dtype"), [(24, torch.float32), (37, torch.float16)], ids=str)
 def test_state_sizes(check_selective_scan, state, channels, dtype, emulated):
-    emulated(states=state)
-    check_selective_scan(ODD_LENGTH, "emulated", dtype=dtype, channels=channels, state=state)
+    emulated()
+    check_selective_scan(case(), "emulated", dtype=dtype, channels=channels, state=state)
 
 
+@pytest.mark.slow
 def test_two_channels_a_quad(check_selective_scan, emulated):
-    emulated(states=16, lane_channels=2, warps=3)
-    check_selective_scan(ODD_LENGTH, "emulated", dtype=torch.bfloat16, channels=56, state=16)
+    emulated(lane_channels=2, warps=3)
+    check_selective_scan(case(), "emulated", dtype=torch.bfloat16, channels=56, state=16)
+
+
+def test_results_are_what_compilers_are_told(emulated):
+    """Shapes and dtypes of the fake kernels, which torch.compile and the FLOP counter use."""
+    emulated()
+    arguments = {
+        "u": torch.randn(1, 20, 40, dtype=torch.bfloat16),
+        "delta": torch.randn(1, 20, 40, dtype=torch.bfloat16),
+        "A": -torch.rand(40, 16),
+        "B": torch.randn(1, 20, 16, dtype=torch.bfloat16),
+        "C": torch.randn(1, 20, 16, dtype=torch.bfloat16),
+        "D": torch.randn(40),
+        "z": torch.randn(1, 20, 40, dtype=torch.bfloat16),
+        "delta_bias": torch.randn(40),
+        "seq_idx": torch.zeros(1, 20, dtype=torch.int32),
+    }
+    ops = kernels.Operands(**arguments)
+    found = kernels.forward(ops, None, save=True)
+    gradients = kernels.backward(ops, torch.randn(1, 20, 40).bfloat16(), None, found[2]).in_order()
+    meta = [t.to("meta") for t in arguments.values()]
+    told = torch.ops.mamba_pretrain.cuda_scan_forward(*meta, None, True)
+    told_gradients = torch.ops.mamba_pretrain.cuda_scan_backward(told[0], None, *meta, told[2])
+    for real, fake in zip([*found, *gradients], [*told, *told_gradients], strict=True):
+        assert (real.shape, real.dtype) == (fake.shape, fake.dtype)

@@ -1,0 +1,127 @@
+"""Compiling kernels without a GPU, and the folder that keeps them."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from data_tools.errors import UserError
+from mamba_pretrain.ops import nvrtc
+
+pytestmark = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
+
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
+USUAL = {
+    "SCALAR_TYPE": 1,
+    "STATES": 16,
+    "LANE_CHANNELS": 2,
+    "TWIST_CHANNELS": 4,
+    "HAS_Z": 1,
+    "HAS_SEQ": 1,
+    "VECTOR_IO": 1,
+    "VECTOR_BC": 1,
+    "WARPS": 4,
+    "MIN_BLOCKS": 1,
+    "POLYNOMIAL_EVERY": 0,
+    "REVERSE": 0,
+}
+SMALL = "scan_join.cu"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Fails when something is compiled."""
+
+    def refuse(*arguments):
+        raise AssertionError("compiled again")
+
+    return lambda: monkeypatch.setattr(nvrtc, "_compile", refuse)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("file", sorted(p.name for p in nvrtc.SOURCES.glob("*.cu")))
+def test_every_source_compiles_for_every_architecture(file, arch):
+    macros = {**USUAL, "LANE_CHANNELS": 4} if file == "scan_backward.cu" else USUAL
+    assert nvrtc.cubin(file, macros, arch).startswith(b"\x7fELF")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", [8, 16, 32, 64])
+@pytest.mark.parametrize("scalar_type", [0, 1, 2])
+@pytest.mark.parametrize("given", [0, 1])
+@pytest.mark.parametrize("file", ["scan_forward.cu", "scan_carry.cu", "scan_backward.cu"])
+def test_every_specialisation_compiles(file, states, scalar_type, given):
+    channels = min(4, 64 // states)
+    macros = {**USUAL, **dict.fromkeys(("HAS_Z", "HAS_SEQ", "VECTOR_IO", "VECTOR_BC", "REVERSE"), given)}
+    macros |= {"STATES": states, "SCALAR_TYPE": scalar_type, "WARPS": 2, "LANE_CHANNELS": channels, "TWIST_CHANNELS": channels}
+    assert nvrtc.cubin(file, macros, "sm_90")
+
+
+def test_a_second_call_reads_the_cache(folder, no_compiler):
+    code = nvrtc.cubin(SMALL, USUAL, "sm_90")
+    no_compiler()
+    assert nvrtc.cubin(SMALL, USUAL, "sm_90") == code
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_another_architecture_macro_or_source_is_another_entry(folder, tmp_path, monkeypatch):
+    nvrtc.cubin(SMALL, USUAL, "sm_90")
+    nvrtc.cubin(SMALL, USUAL, "sm_80")
+    nvrtc.cubin(SMALL, {**USUAL, "STATES": 32}, "sm_90")
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for source in nvrtc.SOURCES.iterdir():
+        (sources / source.name).write_text(source.read_text() + ("// changed\n" if source.name == "scan.cuh" else ""))
+    monkeypatch.setattr(nvrtc, "SOURCES", sources)
+    nvrtc.cubin(SMALL, USUAL, "sm_90")
+    assert len(list(folder.iterdir())) == 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", b"\0" * 5000])
+def test_a_damaged_entry_is_compiled_again(folder, damage, caplog):
+    code = nvrtc.cubin(SMALL, USUAL, "sm_90")
+    (entry,) = folder.iterdir()
+    entry.write_bytes(damage)
+    with caplog.at_level(logging.WARNING):
+        assert nvrtc.cubin(SMALL, USUAL, "sm_90") == code
+    assert "damaged" in caplog.text
+    assert entry.read_bytes()[32:] == code
+
+
+def test_many_processes_at_once_leave_one_whole_entry(folder, no_compiler):
+    script = f"from mamba_pretrain.ops import nvrtc; nvrtc.cubin({SMALL!r}, {USUAL!r}, 'sm_90')"
+    running = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert len(list(folder.iterdir())) == 1
+    no_compiler()
+    assert nvrtc.cubin(SMALL, USUAL, "sm_90")
+
+
+def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "file" / "kernels"))
+    with caplog.at_level(logging.WARNING):
+        assert nvrtc.cubin(SMALL, USUAL, "sm_90")
+    assert nvrtc.CACHE_VARIABLE in caplog.text
+
+
+def test_an_error_shows_the_compilers_words():
+    with pytest.raises(UserError, match=r"scan_join.cu does not compile for sm_90 .*STATES"):
+        nvrtc.cubin(SMALL, {k: v for k, v in USUAL.items() if k != "STATES"}, "sm_90")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(nvrtc.importlib.util, "find_spec", lambda name: None)
+    nvrtc.unavailable.cache_clear()
+    assert "cuda-bindings is missing" in nvrtc.unavailable()
+    nvrtc.unavailable.cache_clear()

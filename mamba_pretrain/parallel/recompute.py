@@ -11,8 +11,17 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from mamba_pretrain.models.language_model import LanguageModel
 
-# Kept under `selective`: the results of the expensive operations. Norms, activations, gates and casts are computed again.
-EXPENSIVE = ("aten::mm", "aten::addmm", "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_efficient_attention")
+# Kept under `selective`: results of matmuls, scans and attention, by the beginning of the operator's name. Convolutions, norms, gates, activations
+# and casts are bound by memory traffic, not arithmetic: they are computed again. A kernel that is no PyTorch operator (mamba_ssm's) cannot be
+# told apart and is computed again too.
+EXPENSIVE = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product",
+    "mamba_pretrain::selective_scan",
+    "mamba_pretrain::ssd_scan",
+    "mamba_pretrain::cuda_scan",
+)
 
 
 def recompute(model: LanguageModel, mode: str) -> None:
@@ -29,5 +38,4 @@ def recompute(model: LanguageModel, mode: str) -> None:
 
 def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
     name = operation.name() if isinstance(operation, torch._ops.OpOverload) else str(operation)
-    ours = name.startswith("mamba_pretrain::")
-    return CheckpointPolicy.MUST_SAVE if ours or name.split(".")[0] in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if name.startswith(EXPENSIVE) else CheckpointPolicy.PREFER_RECOMPUTE

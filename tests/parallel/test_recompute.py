@@ -1,0 +1,58 @@
+"""What the backward pass computes again."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mamba_pretrain.models.config import ModelConfig
+from mamba_pretrain.models.init import initialize
+from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.parallel.recompute import recompute
+
+LAYERS = 2
+
+
+class Count(TorchDispatchMode):
+    """Counts forward passes of our operators, and matmuls."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.seen[function.name().partition(".")[0]] += 1
+        return function(*arguments, **(named or {}))
+
+
+def backward_of(mode, **config):
+    """Operators of the backward pass by name, and the gradients."""
+    model = LanguageModel(ModelConfig(vocab_size=50, d_model=16, n_layer=LAYERS, d_state=4, headdim=8, **config))
+    initialize(model, 1)
+    recompute(model, mode)
+    tokens = torch.arange(12)[None]
+    loss = model(tokens, labels=tokens)
+    with Count() as count:
+        loss.backward()
+    return count.seen, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("mixer", "scan"), [("mamba1", "selective_scan_forward"), ("mamba2", "ssd_scan_forward")])
+def test_scans_are_kept_and_cheap_operators_repeated(mixer, scan):
+    seen, gradients = {}, {}
+    for mode in ("none", "block", "selective"):
+        seen[mode], gradients[mode] = backward_of(mode, mixer=mixer)
+    assert [seen[mode][f"mamba_pretrain::{scan}"] for mode in seen] == [0, LAYERS, 0]
+    assert [seen[mode]["mamba_pretrain::causal_conv1d_forward"] for mode in seen] == [0, LAYERS, LAYERS]
+    assert seen["selective"]["aten::mm"] == seen["none"]["aten::mm"] < seen["block"]["aten::mm"]
+    for mode in ("block", "selective"):
+        assert all(torch.equal(gradients[mode][name], gradient) for name, gradient in gradients["none"].items())
+
+
+def test_attention_is_kept():
+    seen = {mode: backward_of(mode, mixer="attention", n_head=2)[0] for mode in ("none", "block", "selective")}
+    forward = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert [seen[mode][forward] for mode in seen] == [0, LAYERS, 0]

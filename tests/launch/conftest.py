@@ -98,9 +98,10 @@ class Job:
         except AssertionError as error:
             raise AssertionError(f"{error}\nhistory: {Ledger(self.run_dir).attempts()}\nlog:\n{self.log}") from None
 
-    def wait_started(self, times: int, rank: int = 0, seconds: float = 40) -> list[dict[str, Any]]:
-        """Waits until the ranks have started so many times."""
-        return self.wait(f"start {times}", lambda: len(s := self.starts(rank)) >= times and s, seconds)
+    def wait_started(self, times: int, seconds: float = 40) -> list[dict[str, Any]]:
+        """Waits until all four ranks have started so many times (then they obey signals); what rank 0 saw."""
+        self.wait(f"start {times}", lambda: all(len(self.starts(rank)) >= times for rank in range(4)), seconds)
+        return self.starts()
 
     def wait_ended(self, seconds: float = 60) -> str:
         """Waits for the end of the run and returns its reason."""

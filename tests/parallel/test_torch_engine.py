@@ -1,0 +1,140 @@
+"""Loading, in one process: what fits, what does not, and what a refusal leaves behind."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from data_tools.errors import UserError
+from mamba_pretrain.checkpoint.config import CheckpointConfig
+from mamba_pretrain.checkpoint.convert import write_weights
+from mamba_pretrain.checkpoint.reading import open_checkpoint
+from mamba_pretrain.checkpoint.store import CheckpointStore
+from mamba_pretrain.parallel.topology import Topology
+from mamba_pretrain.training.step import train_step
+
+ALONE = Topology(0, 0, 1, 1, 0, "python", torch.device("cpu"))
+
+
+@pytest.fixture
+def make(worker):
+    """An engine of one process that has done some steps."""
+
+    def make(steps=0, model="mamba1", **optim):
+        engine, _, _ = worker.build(worker.Job("x", "single", model, optim=optim), ALONE)
+        for step in range(steps):
+            train(engine, worker, step)
+        return engine
+
+    return make
+
+
+def train(engine, worker, step):
+    return float(train_step(engine, worker.my_batches(step, ALONE, 12), 1e-2, 0.5).loss)
+
+
+def saved(engine, folder, step):
+    store = CheckpointStore(folder / "checkpoints", CheckpointConfig(async_save=False), ALONE)
+    store.save(engine, step, {})
+    return open_checkpoint(folder).reader
+
+
+def weights_of(engine):
+    return {name: tensor.clone() for name, tensor in engine.full_state_dict().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_loaded_engine_continues_bit_for_bit(make, worker, tmp_path):
+    first = make(steps=2)
+    reader = saved(first, tmp_path, 2)
+    expected = [train(first, worker, step) for step in (2, 3)]
+    second = make()
+    second.load(reader)
+    assert [train(second, worker, step) for step in (2, 3)] == expected
+    assert equal(weights_of(first), weights_of(second))
+
+
+def test_loading_again_after_training_on_is_a_rollback(make, worker, tmp_path):
+    engine = make(steps=2)
+    reader = saved(engine, tmp_path, 2)
+    expected = [train(engine, worker, step) for step in (2, 3)]
+    engine.load(reader)
+    assert [train(engine, worker, step) for step in (2, 3)] == expected
+
+
+def test_weights_only_starts_with_fresh_moments(make, worker, tmp_path):
+    reader = saved(make(steps=2), tmp_path, 2)
+    fresh, continued = make(), make()
+    fresh.load(reader, weights_only=True)
+    continued.load(reader)
+    assert equal(weights_of(fresh), weights_of(continued))
+    train(fresh, worker, 2), train(continued, worker, 2)
+    assert not equal(weights_of(fresh), weights_of(continued))
+
+
+def test_imported_weights_have_no_moments_to_load(make, worker, tmp_path):
+    source = make(steps=1)
+    write_weights(tmp_path, weights_of(source), {})
+    engine, other = make(), make()
+    engine.load(open_checkpoint(tmp_path).reader)
+    other.load(open_checkpoint(tmp_path).reader, weights_only=True)
+    train(engine, worker, 1), train(other, worker, 1)
+    assert equal(weights_of(engine), weights_of(other))
+
+
+def test_another_architecture_changes_nothing(make, tmp_path):
+    reader = saved(make(steps=1), tmp_path, 1)
+    engine = make(steps=1, model="hybrid")
+    before = weights_of(engine)
+    with pytest.raises(UserError, match=r"of another architecture: layers\.0\.mixer\.dt_bias is"):
+        engine.load(reader)
+    assert equal(weights_of(engine), before)
+
+
+def test_another_optimizer_changes_nothing(make, tmp_path):
+    reader = saved(make(steps=1), tmp_path, 1)
+    engine = make(name="muon")
+    before = weights_of(engine)
+    with pytest.raises(UserError, match=r"another optimizer: .* momentum_buffer"):
+        engine.load(reader)
+    assert equal(weights_of(engine), before)
+    engine.load(reader, weights_only=True)
+
+
+def test_muon_continues_bit_for_bit(make, worker, tmp_path):
+    first = make(steps=2, name="muon")
+    reader = saved(first, tmp_path, 2)
+    second = make(name="muon")
+    second.load(reader)
+    assert train(second, worker, 2) == train(first, worker, 2)
+    assert equal(weights_of(first), weights_of(second))
+
+
+def test_the_norm_is_that_before_clipping_and_clipping_works(make, worker):
+    engine = make()
+    batches = worker.my_batches(0, ALONE, 12)
+    divisor = torch.tensor(float(sum(batch.n_valid for batch in batches)))
+    seen = {}
+
+    def look(norm):
+        seen["judged"] = float(norm)
+        return False
+
+    update, gradients = engine.optimizer.step, {}
+
+    def spy(*arguments):
+        gradients.update({name: parameter.grad.clone() for name, parameter in engine.model.named_parameters()})
+        return update(*arguments)
+
+    engine.optimizer.step = spy
+    for batch in batches:
+        engine.backward(engine.loss(batch, last=True), divisor)
+    result = engine.step(1e-2, 0.1, look)
+    clipped = math.sqrt(sum(float(gradient.double().pow(2).sum()) for gradient in gradients.values()))
+    assert float(result.grad_norm) == seen["judged"] > 0.2
+    assert clipped == pytest.approx(0.1, rel=1e-4)

@@ -28,6 +28,7 @@ FP32 = 1e-5  # relative; sums in another order stay under 1e-6 in practice
 # Over 20 steps of training that moves the loss by a few 1e-4 at most.
 BF16 = 1e-3
 SAVED_AT, CONTINUED = 3, 3  # a checkpoint after 3 steps, 3 more steps by whoever loads it
+MICRO = 3  # sequences: 12 of a step accumulate over 4, 2, 2 and 1 micro-batches on 1 to 4 processes
 
 
 def engines_of(world: int) -> tuple[str, ...]:
@@ -50,7 +51,7 @@ def run_engines(steps: int, root: Path) -> list[dict[str, Any]]:
     results = {}
     for world in WORLDS:
         jobs = [
-            Job(f"{engine}-{model}-{compute}", engine, model, compute, steps, parallel=settings(engine, world))
+            Job(f"{engine}-{model}-{compute}", engine, model, compute, steps, micro=MICRO, parallel=settings(engine, world))
             for engine in engines_of(world)
             for model in TINY
             for compute in ("fp32", "bf16")
@@ -94,7 +95,9 @@ def run_checkpoints(pairs_per_target: int, root: Path, model: str = "hybrid") ->
             for source in (sources[(place + 1 + 7 * i) % len(sources)] for i in range(pairs_per_target)):
                 folder = str(root / f"{source[0]}-{source[1]}")
                 key = f"{source[0]}-{source[1]}-{engine}"
-                jobs.append(Job(key, engine, model, steps=steps, first=SAVED_AT, load=folder, parallel=settings(engine, world)))
+                jobs.append(
+                    Job(key, engine, model, steps=steps, micro=MICRO, first=SAVED_AT, load=folder, parallel=settings(engine, world))
+                )
         for key, run in run_jobs(world, jobs, root / f"load-{world}", timeout=3600).items():
             source_engine, source_world, engine = key.split("-")
             worst = difference(run["losses"], expected)

@@ -140,7 +140,7 @@ def buffers(inputs: dict[str, Tensor]) -> dict[str, int]:
     """Bytes kept between the passes, and of working memory in the backward pass."""
     from mamba_pretrain.ops import cuda_scan_kernels as kernels
 
-    ops = kernels.Operands(*(t.detach() for t in inputs.values()), None)
+    ops = kernels.Operands(**{k: t.detach() for k, t in inputs.items()}, seq_idx=None)
     shape = ops.shape("scan_backward")
     return {
         "checkpoint_bytes": ops.batch * ops.tiles * ops.channels * ops.states * 4,
@@ -194,12 +194,9 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
             failed.append(f"{shape}: seq_idx costs {'an unknown share' if extra is None else f'{extra:.1%}'}, {SEQ_IDX_COST:.0%} allowed")
         if not row.get("bit_equal"):
             failed.append(f"{shape}: two runs differ, or were not compared")
-        theirs = row.get("mamba_ssm_errors", {})
-        failed += [
-            f"{shape}: error of {k} is {v:.1e}, mamba-ssm's {theirs[k]:.1e}"
-            for k, v in row["errors"].items()
-            if v > 1.02 * theirs.get(k, 1.0)
-        ]
+        for name, theirs in row.get("mamba_ssm_errors", {}).items():
+            if row["errors"][name] > 1.02 * theirs:
+                failed.append(f"{shape}: error of {name} is {row['errors'][name]:.1e}, mamba-ssm's {theirs:.1e}")
     return failed
 
 
@@ -228,13 +225,13 @@ def tune() -> None:
     table = dict(kernels.HOPPER)
     for size in SHAPES:
         inputs, dy = make(*size)
-        ops = kernels.Operands(*(t.detach() for t in inputs.values()), None)
+        ops = kernels.Operands(**{k: t.detach() for k, t in inputs.items()}, seq_idx=None)
         print(f"B{size[0]} D{size[1]} L{size[2]} N{size[3]}")
         for name, candidate in ((name, candidate) for name, candidates in tried.items() for candidate in candidates):
             kernels.HOPPER.update(table, **{name: (candidate,)})
             kernels.shape.cache_clear()
             checkpoints = kernels.forward(ops, None, True)[2]  # in the order of the backward kernel's shape
-            passes = {
+            passes: dict[str, Callable[[], Any]] = {
                 "scan_forward": functools.partial(kernels.forward, ops, None, True),
                 "scan_backward": functools.partial(kernels.backward, ops, dy, None, checkpoints),
             }

@@ -62,7 +62,7 @@ class _Block:
     def outputs(self, before: Tensor) -> Tensor:
         """C . state for every step, (c, b, T, g, r, p), given the states before each chunk (c, b, g, n, r * p)."""
         inside = (self.mixing.transpose(-1, -2) @ self.inputs).permute(0, 1, 4, 2, 3, 5)
-        return torch.addcmul(inside, self.read(before), _over_channels(self.from_before))
+        return inside.addcmul_(self.read(before), _over_channels(self.from_before))
 
     def read(self, state: Tensor) -> Tensor:
         """C . state of one state a chunk: (c, b, T, g, r, p)."""
@@ -132,22 +132,24 @@ def _block_backward(block: _Block, before: Tensor, dy: Tensor, dfinal: Tensor) -
     decayed = _by_group(dy, block.from_before)
     after = torch.empty_like(before)
     dinitial = _carry(block.C.transpose(-1, -2) @ decayed, block.from_before[..., -1], dfinal, after, reverse=True)
-    # Through the chunk's own matrix, then through the states it reads and writes.
+    # Through the chunk's own matrix, then through the states it reads and writes. What is done with is overwritten: fresh memory costs more
+    # than the arithmetic.
     dy_heads = dy.permute(0, 1, 3, 4, 2, 5).contiguous()
     dmixing = block.inputs @ dy_heads.transpose(-1, -2)
-    dsums = dmixing * block.mixing
-    dscores = dmixing.mul_(block.between).sum(3)
     dwritten = _split(block.B @ after, dy.shape[-1])
-    dinputs = torch.addcmul((block.mixing @ dy_heads).permute(0, 1, 4, 2, 3, 5), dwritten, _over_channels(block.to_end))
-    dsums[..., -1] += _over_heads((dwritten * block.x).sum(-1)) * (block.dt * block.to_end)
-    dfrom_before = _over_heads((dy * block.read(before)).sum(-1)) * block.from_before
-    kept = (after * before).sum(-2).unflatten(-1, dy.shape[-2:]).sum(-1)
+    dinputs = (block.mixing @ dy_heads).permute(0, 1, 4, 2, 3, 5).addcmul_(dwritten, _over_channels(block.to_end))
+    dsums = block.mixing.mul_(dmixing)
+    dscores = dmixing.mul_(block.between).sum(3)
+    dsums[..., -1] += _over_heads(dwritten.mul_(block.x).sum(-1)) * (block.dt * block.to_end)
+    dfrom_before = _over_heads(block.read(before).mul_(dy).sum(-1)) * block.from_before
+    dB = (block.weighted @ after.transpose(-1, -2)).add_(dscores @ block.C)
+    kept = after.mul_(before).sum(-2).unflatten(-1, dy.shape[-2:]).sum(-1)
     dfrom_before[..., -1] += kept * block.from_before[..., -1]
     return _BlockGradients(
         x=dinputs * _over_channels(block.dt),
-        dt=_over_heads((dinputs * block.x).sum(-1)),
+        dt=_over_heads(dinputs.mul_(block.x).sum(-1)),
         a=_sums_backward(dsums) + dfrom_before.flip(-1).cumsum(-1).flip(-1),
-        B=(block.weighted @ after.transpose(-1, -2)).add_(dscores @ block.C),
+        B=dB,
         C=(decayed @ before.transpose(-1, -2)).add_(dscores.transpose(-1, -2) @ block.B),
         initial=dinitial,
     )

@@ -117,7 +117,7 @@ def emulated(folder, monkeypatch):
     "this",
     [
         case(),
-        case(starts=(16,), length=16),
+        case(starts=(15,), length=16),
         case(starts="every", length=33),
         case(decay=(1e-8, 1e4), delta=(0.0, 4.0)),
         case(optional=False, initial=False, final=False, starts="none"),

@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: help setup quickstart test test-all check format docs chaos benchmarks system-packages clean
+.PHONY: help setup quickstart test test-again test-all check format docs chaos benchmarks system-packages clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -26,6 +26,9 @@ quickstart: setup  ## text -> tokenizer -> shards -> training on two processes -
 
 test: setup  ## the tests, but for slow ones
 	$(PYTEST) -m 'not slow'
+
+test-again: setup  ## the tests that failed last time, one after another
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --last-failed --last-failed-no-failures none
 
 test-all: setup  ## every test this machine can run
 	$(PYTEST)

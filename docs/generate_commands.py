@@ -66,7 +66,7 @@ def commands(app: typer.Typer) -> dict[str, Any]:
 
 def page() -> str:
     """The whole page."""
-    from data_tools.cli import app as data_app
+    from data_tools.cli.app import app as data_app
     from mamba_pretrain.cli import app as main_app
 
     parts = [HEADER]

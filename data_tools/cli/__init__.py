@@ -1,36 +1,20 @@
-"""``mamba-data``: from text to token shards. What a command needs is imported when it runs."""
+"""``mamba-data``: from text to token shards.
+
+A spawned worker imports the script that started it, and with it this file: so everything else is imported when a command line is run.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-import typer
-
-from data_tools.cli import change, look, make
 from data_tools.errors import UserError
-
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False)
-app.command("train-tokenizer", rich_help_panel="Make")(make.train_tokenizer)
-app.command("tokenize", rich_help_panel="Make")(make.tokenize)
-app.command("import", rich_help_panel="Make")(make.import_)
-app.command("inspect", rich_help_panel="Look")(look.inspect)
-app.command("stats", rich_help_panel="Look")(look.stats)
-app.command("verify", rich_help_panel="Look")(look.verify)
-app.command("merge", rich_help_panel="Change")(change.merge)
-app.command("split", rich_help_panel="Change")(change.split)
-
-
-@app.callback()
-def _root() -> None:
-    """Turn raw text into packed token shards, and prove what came out.
-
-    Start with `mamba-data train-tokenizer` or a tokenizer you have, then `mamba-data tokenize`.
-    """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: wrong input is one sentence on stderr and exit code 2."""
+    from data_tools.cli.app import app
+
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="mamba-data")
     except UserError as error:

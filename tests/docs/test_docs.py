@@ -85,7 +85,7 @@ def reference() -> Any:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_options_and_keys_in_the_docs_exist(page: Path, reference: Any) -> None:
-    from data_tools.cli import app as data_app
+    from data_tools.cli.app import app as data_app
     from mamba_pretrain.cli import app as main_app
     from mamba_pretrain.config import RunConfig
 

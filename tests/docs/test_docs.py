@@ -145,6 +145,7 @@ def test_site_builds(tmp_path: Path) -> None:
     assert (tmp_path / "site" / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_newcomers_path_works(tmp_path: Path) -> None:
     """Runs the marked blocks of the guide, command by command, in one shell with one folder."""
     blocks = re.findall(r"<!-- run -->\n```bash\n(.*?)```", (DOCS / "index.md").read_text(), flags=re.DOTALL)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_tools.errors import UserError
@@ -40,9 +39,16 @@ class DeepSpeedEngine(Engine):
         deepspeed = import_deepspeed(self.topology.device.type)
         self.model = model
         self._stage = int(self.name.removeprefix("zero"))
+        if self.topology.world_size % self.parallel.zero_hpz_partition_size:
+            raise UserError(
+                f"parallel.zero_hpz_partition_size {self.parallel.zero_hpz_partition_size} does not divide the {self.topology.world_size} processes; "
+                "choose a divisor"
+            )
         config = zero_config(self._stage, self.parallel, self.precision)
         recompute(model, self.parallel.activation_checkpointing)
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+        # Takes over the process group that exists; the backend only has to be named.
+        backend = "nccl" if self.topology.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         if self._stage == 3:
             initialize(model, seed, assign=_Partitioner(model, deepspeed, config, self.topology.device))
         else:

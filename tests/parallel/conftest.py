@@ -32,7 +32,7 @@ def job(worker):
         parallel = fields.pop("parallel", {})
         if engine == "hsdp":
             parallel = {"hsdp_shard_size": SHARD_SIZE[world], **parallel}
-        return worker.Job(key, engine, parallel=parallel, **fields)
+        return worker.Job(key, engine, parallel=parallel, **{"micro": 2, **fields})
 
     return make
 
@@ -49,7 +49,7 @@ def single(worker, job, runs):
     saving = {"save": str(runs / "single-1"), "save_at": 3}
     jobs = [job(model, "single", model=model, steps=8, **(saving if model == "hybrid" else {})) for model in MODELS]
     jobs += [job(f"{model}-bf16", "single", model=model, steps=2, compute="bf16") for model in MODELS]
-    jobs += [job("whole-batch", "single", model="hybrid", steps=8, micro=12)]
+    jobs += [job(f"accumulated-{n}", "single", model="hybrid", steps=4, micro=12 // n) for n in (1, 12)]
     jobs += [job("skip", "single", model="hybrid", steps=4, skip=[0, 2])]
     jobs += [job("muon", "single", model="hybrid", steps=6, optim={"name": "muon"}, save=str(runs / "muon-1"), save_at=3)]
     return worker.run_jobs(1, jobs, runs / "single")

@@ -30,6 +30,11 @@ def test_muon_is_refused(worker, alone):
         worker.build(worker.Job("x", "zero2", optim={"name": "muon"}), alone)
 
 
+def test_groups_that_do_not_divide_the_processes(worker, alone):
+    with pytest.raises(UserError, match="zero_hpz_partition_size 2 does not divide the 1 processes"):
+        worker.build(worker.Job("x", "zero3", parallel={"zero_hpz_partition_size": 2}), alone)
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(worker, alone, strategy):
     engine, _, _ = worker.build(worker.Job("x", strategy), alone)

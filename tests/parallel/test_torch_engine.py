@@ -115,6 +115,12 @@ def test_muon_continues_bit_for_bit(make, worker, tmp_path):
     assert equal(weights_of(first), weights_of(second))
 
 
+def test_shard_groups_that_do_not_divide_the_processes(worker):
+    three = Topology(0, 0, 3, 3, 0, "python", torch.device("cpu"))
+    with pytest.raises(UserError, match="hsdp_shard_size 2 does not divide the 3 processes"):
+        worker.build(worker.Job("x", "hsdp", parallel={"hsdp_shard_size": 2}), three)
+
+
 def test_the_norm_is_that_before_clipping_and_clipping_works(make, worker):
     engine = make()
     batches = worker.my_batches(0, ALONE, 12)

@@ -6,35 +6,44 @@ On a GPU the copies run on a stream of their own and the update waits for them o
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from mamba_pretrain.checkpoint.portable import Segment
 
+# Elements allocated at once. Pinning costs milliseconds per call, and pinned memory is handed out in powers of two.
+CHUNK = 1 << 27
+
 
 class StagingBuffers:
     """Host memory kept from save to save: fresh memory costs a page fault per 4 KB, pinned memory much more."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._layout: list[tuple[str, int, int]] = []
+        self._targets: list[Tensor] = []
         self._stream: torch.cuda.Stream | None = None
 
     def begin(self, segments: list[Segment]) -> StagedCopy:
         """Starts copying; the originals must not change before ``StagedCopy.before_update`` has returned."""
-        targets = [self._buffer(segment) for segment in segments]
         on_gpu = any(segment.data.is_cuda for segment in segments)
+        layout = [(segment.name, segment.offset, segment.data.numel()) for segment in segments]
+        if layout != self._layout:
+            self._layout, self._targets = layout, list(allocate([size for *_, size in layout], on_gpu))
         if on_gpu and self._stream is None:
             self._stream = torch.cuda.Stream()
-        return StagedCopy(segments, targets, self._stream if on_gpu else None)
+        return StagedCopy(segments, self._targets, self._stream if on_gpu else None)
 
-    def _buffer(self, segment: Segment) -> Tensor:
-        key = (segment.name, segment.offset)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() != segment.data.numel():
-            buffer = torch.empty(segment.data.shape, dtype=torch.float32, pin_memory=segment.data.is_cuda)
-            self._buffers[key] = buffer
-        return buffer
+
+def allocate(sizes: list[int], pinned: bool) -> Iterator[Tensor]:
+    """An fp32 tensor of each size (1-D), cut from few large allocations."""
+    room, left = torch.empty(0), sum(sizes)
+    for size in sizes:
+        if room.numel() < size:
+            room = torch.empty(max(size, min(CHUNK, left)), dtype=torch.float32, pin_memory=pinned)
+        yield room[:size]
+        room, left = room[size:], left - size
 
 
 class StagedCopy:

@@ -101,47 +101,51 @@ class Segments(ctypes.Structure):
     _fields_ = (("count", ctypes.c_int), ("length", ctypes.c_int))
 
 
-def _struct(name: str, **fields: type) -> Any:
+def struct(name: str, **fields: type) -> Any:
+    """A ctypes struct with these fields, in order."""
     return type(name, (ctypes.Structure,), {"_fields_": tuple(fields.items())})
 
 
-def _fields(names: str, kind: type) -> dict[str, type]:
+def fields(names: str, kind: type) -> dict[str, type]:
+    """Fields of one type."""
     return dict.fromkeys(names.split(), kind)
 
 
-_GEOMETRY = {**_fields("length channels", ctypes.c_int), "segments": Segments}
-ForwardParams = _struct(
+_GEOMETRY = {**fields("length channels", ctypes.c_int), "segments": Segments}
+ForwardParams = struct(
     "ForwardParams",
-    **_fields("u delta z B C", Rows),
-    **_fields("y A D delta_bias seq_idx initial final_state checkpoints", ctypes.c_void_p),
+    **fields("u delta z B C", Rows),
+    **fields("y A D delta_bias seq_idx initial final_state checkpoints", ctypes.c_void_p),
     **_GEOMETRY,
 )
-CarryParams = _struct(
-    "CarryParams", **_fields("values delta z BC", Rows), **_fields("A delta_bias seq_idx carry delta_sum", ctypes.c_void_p), **_GEOMETRY
+CarryParams = struct(
+    "CarryParams", **fields("values delta z BC", Rows), **fields("A delta_bias seq_idx carry delta_sum", ctypes.c_void_p), **_GEOMETRY
 )
-JoinParams = _struct(
-    "JoinParams", **_fields("A delta_sum carry outer received", ctypes.c_void_p), **_fields("batch channels segments reverse", ctypes.c_int)
+JoinParams = struct(
+    "JoinParams", **fields("A delta_sum carry outer received", ctypes.c_void_p), **fields("batch channels segments reverse", ctypes.c_int)
 )
-BackwardParams = _struct(
+BackwardParams = struct(
     "BackwardParams",
-    **_fields("u delta z B C dout", Rows),
-    **_fields("du ddelta dz A D delta_bias seq_idx checkpoints dreceived dinitial dBC dA dD dbias", ctypes.c_void_p),
+    **fields("u delta z B C dout", Rows),
+    **fields("du ddelta dz A D delta_bias seq_idx checkpoints dreceived dinitial dBC dA dD dbias", ctypes.c_void_p),
     **_GEOMETRY,
 )
-ReduceParams = _struct(
+ReduceParams = struct(
     "ReduceParams",
-    **_fields("dBC dB dC dA_parts dD_parts dbias_parts dA dD dbias", ctypes.c_void_p),
-    **_fields("batch blocks length rows channels bc_grid", ctypes.c_int),
+    **fields("dBC dB dC dA_parts dD_parts dbias_parts dA dD dbias", ctypes.c_void_p),
+    **fields("batch blocks length rows channels bc_grid", ctypes.c_int),
 )
 
 
-def _rows(tensor: Tensor | None) -> Rows:
+def rows(tensor: Tensor | None) -> Rows:
+    """A tensor as the kernels address it; nothing if it is absent."""
     if tensor is None:
         return Rows()
     return Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1) * tensor.element_size())
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor begins; null if it is absent."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -183,8 +187,8 @@ class Operands:
 
     def kernel(self, name: str, values: Tensor | None = None, reverse: int = 0) -> nvrtc.Kernel:
         """A kernel specialised for these operands. ``values``: an activation that it reads beside u, delta and z."""
-        vector_io = _whole_vectors(self.channels, self.u, self.delta, self.z, values)
-        vector_bc = _whole_vectors(self.states, self.B, self.C)
+        vector_io = whole_vectors(self.channels, self.u, self.delta, self.z, values)
+        vector_bc = whole_vectors(self.states, self.B, self.C)
         present = (self.z is not None, self.seq_idx is not None)
         return _kernel(name, self.shape(name), self.shape("scan_backward"), self._kind(), *present, vector_io, vector_bc, reverse)
 
@@ -252,7 +256,7 @@ def warm_up(
     _plain_kernel("scan_reduce", kind)
 
 
-def _whole_vectors(width: int, *tensors: Tensor | None) -> bool:
+def whole_vectors(width: int, *tensors: Tensor | None) -> bool:
     """Whether every row begins on 16 bytes and holds whole 16-byte chunks."""
     present = [t for t in tensors if t is not None]
     chunk = 16 // present[0].element_size()
@@ -261,7 +265,7 @@ def _whole_vectors(width: int, *tensors: Tensor | None) -> bool:
 
 def _join(ops: Operands, carry: Tensor, delta_sum: Tensor, outer: Tensor | None, reverse: bool) -> Tensor:
     received = torch.empty_like(carry)
-    params = JoinParams(*map(_pointer, (ops.A, delta_sum, carry, outer, received)), ops.batch, ops.channels, carry.shape[1], int(reverse))
+    params = JoinParams(*map(pointer, (ops.A, delta_sum, carry, outer, received)), ops.batch, ops.channels, carry.shape[1], int(reverse))
     ops.plain_kernel("scan_join")((math.ceil(ops.batch * ops.channels * ops.states / 256), 1, 1), params)
     return received
 
@@ -273,8 +277,8 @@ def _received(ops: Operands, segments: Segments, values: Tensor, outer: Tensor |
     carry = ops.new(ops.batch, segments.count, ops.channels, ops.states)
     delta_sum = ops.new(ops.batch, segments.count, ops.channels)
     params = CarryParams(
-        *map(_rows, (values, ops.delta, ops.z, ops.C if reverse else ops.B)),
-        *map(_pointer, (ops.A, ops.delta_bias, ops.seq_idx, carry, delta_sum)),
+        *map(rows, (values, ops.delta, ops.z, ops.C if reverse else ops.B)),
+        *map(pointer, (ops.A, ops.delta_bias, ops.seq_idx, carry, delta_sum)),
         ops.length,
         ops.channels,
         segments,
@@ -296,8 +300,8 @@ def forward(ops: Operands, initial: Tensor | None, save: bool) -> tuple[Tensor, 
     segments = ops.cut(shape.segments)
     received = _received(ops, segments, ops.u, initial, reverse=False)
     params = ForwardParams(
-        *map(_rows, (ops.u, ops.delta, ops.z, ops.B, ops.C)),
-        *map(_pointer, (y, ops.A, ops.D, ops.delta_bias, ops.seq_idx, received, final, checkpoints if save else None)),
+        *map(rows, (ops.u, ops.delta, ops.z, ops.B, ops.C)),
+        *map(pointer, (y, ops.A, ops.D, ops.delta_bias, ops.seq_idx, received, final, checkpoints if save else None)),
         ops.length,
         ops.channels,
         segments,
@@ -347,13 +351,13 @@ def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Te
     shape = ops.shape("scan_backward")
     segments = ops.cut(shape.segments)
     received = _received(ops, segments, dout, dfinal, reverse=True)
-    blocks, rows = shape.blocks, ops.batch * segments.count
+    blocks, parts = shape.blocks, ops.batch * segments.count
     dBC = ops.new(ops.batch, blocks, 2, ops.length, ops.states)
-    dA, dD, dbias = ops.new(rows, ops.channels, ops.states), ops.new(rows, ops.channels), ops.new(rows, ops.channels)
+    dA, dD, dbias = ops.new(parts, ops.channels, ops.states), ops.new(parts, ops.channels), ops.new(parts, ops.channels)
     params = BackwardParams(
-        *map(_rows, (ops.u, ops.delta, ops.z, ops.B, ops.C, dout)),
+        *map(rows, (ops.u, ops.delta, ops.z, ops.B, ops.C, dout)),
         *map(
-            _pointer,
+            pointer,
             (
                 grads.u,
                 grads.delta,
@@ -379,11 +383,11 @@ def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Te
     bc_grid = math.ceil(ops.batch * ops.length * ops.states * 2 / 4 / 256)
     others = math.ceil(ops.channels * (ops.states + 2) / 256)
     sums = ReduceParams(
-        *map(_pointer, (dBC, grads.B, grads.C, dA, dD, dbias, grads.A, grads.D, grads.delta_bias)),
+        *map(pointer, (dBC, grads.B, grads.C, dA, dD, dbias, grads.A, grads.D, grads.delta_bias)),
         ops.batch,
         blocks,
         ops.length,
-        rows,
+        parts,
         ops.channels,
         bc_grid,
     )

@@ -80,6 +80,16 @@ def _(dy: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs:
     return 2 * causal_conv1d_flops(x[0] * x[1], x[2], weight[1])
 
 
+@register_flop_formula(_ops.cuda_conv1d_forward)
+def _(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return causal_conv1d_flops(x[0] * x[1], x[2], weight[0])
+
+
+@register_flop_formula(_ops.cuda_conv1d_backward)
+def _(dy: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * causal_conv1d_flops(x[0] * x[1], x[2], weight[0])
+
+
 @register_flop_formula(_ops.linear_cross_entropy_loss)
 def _(hidden: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return linear_flops(hidden[0], hidden[1], weight[0])

@@ -33,6 +33,7 @@ PROVIDERS = (
     "official",
     "triton_norm",
     "cuda_scan",
+    "cuda_conv",
     "flops",
 )
 

@@ -27,6 +27,9 @@ USUAL = {
     "MIN_BLOCKS": 1,
     "POLYNOMIAL_EVERY": 0,
     "REVERSE": 0,
+    "TAPS": 4,
+    "CHANNELS": 4,
+    "SILU": 1,
 }
 SMALL = "scan_join.cu"
 
@@ -53,6 +56,14 @@ def no_compiler(monkeypatch):
 def test_every_source_compiles_for_every_architecture(file, arch):
     macros = {**USUAL, "LANE_CHANNELS": 4} if file == "scan_backward.cu" else USUAL
     assert nvrtc.cubin(file, macros, arch).startswith(b"\x7fELF")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taps", [1, 2, 8])
+@pytest.mark.parametrize("scalar_type", [0, 1, 2])
+@pytest.mark.parametrize("file", ["conv_forward.cu", "conv_backward.cu"])
+def test_every_convolution_compiles(file, scalar_type, taps):
+    assert nvrtc.cubin(file, {**USUAL, "SCALAR_TYPE": scalar_type, "TAPS": taps, "CHANNELS": 1, "HAS_SEQ": 0, "SILU": 0}, "sm_90")
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def linear_flops(tokens: int, n_in: int, n_out: int) -> int:
     return 2 * tokens * n_in * n_out
 
 
-for _module in ("causal_conv1d", "cross_entropy", "cuda_scan", "selective_scan_reference", "ssd_scan_reference"):
+for _module in ("causal_conv1d", "cross_entropy", "cuda_scan", "cuda_conv", "selective_scan_reference", "ssd_scan_reference"):
     importlib.import_module(f"mamba_pretrain.ops.{_module}")  # defines the operators named below
 _ops = torch.ops.mamba_pretrain
 

@@ -43,8 +43,7 @@ def import_tokens(
         raise UserError(f"{work} holds unfinished work; finish it with the command that began it, or delete it")
     try:
         shards = [_import(file, tokenizer, dtype, work, f"{split}/{number:05d}") for number, file in enumerate(files)]
-        names = [path.name for path in tokenizer.files]
-        tokenizer.save(work / "tokenizer")
+        names = tokenizer.save(work / "tokenizer")
         info = TokenizerInfo(tokenizer.kind, tokenizer.hash, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id, files=names)
         inputs = [{"path": str(file.resolve()), "size": file.stat().st_size, "xxh3": file_hash(str(file))} for file in files]
         counts = {"documents": sum(shard.documents for shard in shards), "tokens": sum(shard.tokens for shard in shards)}

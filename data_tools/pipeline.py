@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from data_tools import dedup, folders
 from data_tools.encoders import Encoder, choose_encoder
 from data_tools.errors import UserError
 from data_tools.manifest import FILE_NAME, SPLITS, Manifest, Shard, Split, TokenizerInfo
-from data_tools.pool import Job, run_jobs
+from data_tools.pool import Pool
 from data_tools.progress import Progress
 from data_tools.sources import Part, Task
 from data_tools.storage import combine, is_url, make_durable, stamp, write_whole
 from data_tools.tokenizers import Tokenizer, load_tokenizer
-from data_tools.worker import Options, Plan, TaskResult, documents, open_tokenize_job
+from data_tools.worker import Options, Plan, TaskResult, documents, open_tokenize_job, warm_up
 
-CHECKED_FIRST = 256 << 10  # characters of the first documents on which an encoder is compared with the reference
+CHECKED_FIRST = 128 << 10  # characters of the first documents on which an encoder is compared with the reference
 PLAN_FILE = "plan.json"
 
 
@@ -60,29 +60,35 @@ def tokenize(
     nothing. Raises UserError if ``out`` holds anything else, if a record is malformed (with ``on_error="fail"``), or if there is no document.
     """
     tokenizer = _fitting_tokenizer(options)
-    encoder, notes = choose_encoder(options.encoder, tokenizer, _first_documents(tasks, options))
-    for note in notes:
-        print(f"note: {note}; using {encoder.version}", file=sys.stderr)
-    plan = make_plan(tasks, replace(options, encoder=encoder.name), encoder, tokenizer, folders.work_folder(out))
-    name = plan_name(plan)
-    if (done := _already(plan.work, out, name, overwrite)) is not None:
-        return done
-    folders.check_free(out, overwrite)
-    folders.make(plan.record(0).parent)
-    with ExitStack() as stack:
+    mine = (share or Share()).numbers(len(tasks))
+    with Pool(min(workers, len(mine)), warm_up, options) as pool:
+        encoder, notes = choose_encoder(options.encoder, tokenizer, _first_documents(tasks, options))
+        for note in notes:
+            print(f"note: {note}; using {encoder.version}", file=sys.stderr)
+        plan = make_plan(tasks, replace(options, encoder=encoder.name), encoder, tokenizer, folders.work_folder(out))
+        if (done := _already(plan.work, out, plan_name(plan), overwrite)) is not None:
+            return done
+        folders.check_free(out, overwrite)
+        folders.make(plan.record(0).parent)
         lock = plan.notes / f"lock-{share.index if share else 0}-of-{share.count if share else 1}"
-        stack.enter_context(folders.lock(lock))
-        _write_plan(plan, name, encoder, tokenizer)
-        try:
-            _run(plan, (share or Share()).numbers(len(tasks)), workers)
+        with folders.lock(lock), _kept_or_removed(plan, share):
+            _write_plan(plan, encoder, tokenizer)
+            _run(plan, mine, pool)
             return None if share else _complete(plan, out)
-        except UserError as error:
-            kept = len(list(plan.notes.glob("records/*.json")))
-            if kept:
-                raise UserError(f"{error} ({kept} finished shards are kept in {plan.work} for the next try)") from error
-            if not share and not any(plan.notes.glob("hashes/*")):
-                shutil.rmtree(plan.work, ignore_errors=True)
-            raise
+
+
+@contextmanager
+def _kept_or_removed(plan: Plan, share: Share | None) -> Iterator[None]:
+    """After wrong input finished shards stay for the next try, and the error says so; without any the work folder goes."""
+    try:
+        yield
+    except UserError as error:
+        kept = len(list(plan.notes.glob("records/*.json")))
+        if kept:
+            raise UserError(f"{error} ({kept} finished shards are kept in {plan.work} for the next try)") from error
+        if not share and not any(plan.notes.glob("hashes/*")):
+            shutil.rmtree(plan.work, ignore_errors=True)
+        raise
 
 
 def _fitting_tokenizer(options: Options) -> Tokenizer:
@@ -141,10 +147,10 @@ def _already(work: Path, out: Path, name: str, overwrite: bool) -> Manifest | No
     return found
 
 
-def _write_plan(plan: Plan, name: str, encoder: Encoder, tokenizer: Tokenizer) -> None:
+def _write_plan(plan: Plan, encoder: Encoder, tokenizer: Tokenizer) -> None:
     """What ``finish`` needs to know. Every process of an array writes the same."""
     described = {
-        "name": name,
+        "name": plan_name(plan),
         "encoder_version": encoder.version,
         "command": " ".join(sys.argv),
         "keys": plan.keys,
@@ -167,9 +173,9 @@ def _inputs(tasks: list[Task]) -> list[dict[str, Any]]:
     return rows
 
 
-def _run(plan: Plan, numbers: Sequence[int], workers: int) -> None:
+def _run(plan: Plan, numbers: Sequence[int], pool: Pool) -> None:
     if plan.options.dedup == "exact":
-        _mark_duplicates(plan, numbers, workers)
+        _mark_duplicates(plan, numbers, pool)
     with Progress("tokenizing", sum(part.size for number in numbers for part in plan.tasks[number])) as progress:
         waiting = []
         for number in numbers:
@@ -177,17 +183,17 @@ def _run(plan: Plan, numbers: Sequence[int], workers: int) -> None:
                 waiting.append(number)
             else:
                 progress.skip(sum(part.size for part in plan.tasks[number]), result.documents, result.tokens)
-        _finish_jobs(waiting, open_tokenize_job, plan, workers, progress)
+        _finish_jobs(waiting, open_tokenize_job, plan, pool, progress)
 
 
-def _mark_duplicates(plan: Plan, numbers: Sequence[int], workers: int) -> None:
+def _mark_duplicates(plan: Plan, numbers: Sequence[int], pool: Pool) -> None:
     """Hashes all documents, and lists the duplicates; those lists are part of a task's work, so its record goes if they change."""
     if len(numbers) < len(plan.tasks):
         raise UserError("--dedup needs to see all documents, an array's task sees a part; pass --dedup to `mamba-data merge` instead")
     dedup.hashes_path(plan, 0).parent.mkdir(exist_ok=True)
     waiting = [number for number in numbers if not dedup.hashes_path(plan, number).is_file()]
     with Progress("looking for duplicates", sum(part.size for number in waiting for part in plan.tasks[number])) as progress:
-        _finish_jobs(waiting, dedup.open_hash_job, plan, workers, progress)
+        _finish_jobs(waiting, dedup.open_hash_job, plan, pool, progress)
     before = {number: _content(plan.duplicates(number)) for number in numbers}
     dedup.write_duplicates(plan)
     for number in numbers:
@@ -199,11 +205,8 @@ def _content(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
 
 
-def _finish_jobs(numbers: Sequence[int], open_job: Any, plan: Plan, workers: int, progress: Progress) -> None:
-    job: Iterator[tuple[int, Job]] = run_jobs(
-        numbers, open_job, plan, workers, lambda step: progress.add(step.size, step.documents, step.tokens)
-    )
-    for _ in job:
+def _finish_jobs(numbers: Sequence[int], open_job: Any, plan: Plan, pool: Pool, progress: Progress) -> None:
+    for _ in pool.run(numbers, open_job, plan, lambda step: progress.add(step.size, step.documents, step.tokens)):
         pass
 
 

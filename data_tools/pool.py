@@ -23,42 +23,49 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_jobs(
-    numbers: Sequence[int], open_job: Callable[[Any], Job], payload: Any, workers: int, report: Report
-) -> Iterator[tuple[int, Any]]:
-    """Yields ``(number, result)`` as jobs end; ``report`` is called here with what they report on the way.
+class Pool:
+    """``workers`` spawned processes; with one worker everything happens in this process. A context manager.
 
-    ``open_job(payload)`` is called once in each process and must be importable. An exception in a job ends all of them and is raised here;
-    so does the death of a process, as UserError.
+    The processes start at once and call ``warm_up(argument)``, while this one gets on with its own preparations.
     """
-    if not numbers:
-        return
-    if workers == 1 or len(numbers) == 1:
-        job = open_job(payload)
-        yield from ((number, job(number, report)) for number in numbers)
-        return
-    pool = _Pool(open_job, payload, min(workers, len(numbers)))
-    try:
-        yield from pool.run(list(reversed(numbers)), report)
-    finally:
-        pool.close()
 
-
-class _Pool:
-    def __init__(self, open_job: Callable[[Any], Job], payload: Any, workers: int) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked process would inherit the tokenizer libraries' threads in unknown states
+    def __init__(self, workers: int, warm_up: Callable[[Any], None] | None = None, argument: Any = None) -> None:
         self.workers: dict[Connection, BaseProcess] = {}
-        for _ in range(workers):
+        context = multiprocessing.get_context("spawn")  # a forked process would inherit the tokenizer libraries' threads in unknown states
+        for _ in range(workers if workers > 1 else 0):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, open_job, payload), daemon=True)
+            process = context.Process(target=_work, args=(theirs, warm_up, argument), daemon=True)
             process.start()
             theirs.close()  # so that the end of the worker is the end of the pipe
             self.workers[ours] = process
 
-    def run(self, waiting: list[int], report: Report) -> Iterator[tuple[int, Any]]:
-        """Hands out numbers from the end of ``waiting``."""
-        running: dict[Connection, int] = {}
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends the workers, in the middle of a job too: jobs leave nothing but temporary files."""
+        for connection, process in self.workers.items():
+            connection.close()
+            process.terminate()
+        for process in self.workers.values():
+            process.join()
+
+    def run(self, numbers: Sequence[int], open_job: Callable[[Any], Job], payload: Any, report: Report) -> Iterator[tuple[int, Any]]:
+        """Yields ``(number, result)`` as jobs end; ``report`` is called here with what they report on the way.
+
+        ``open_job(payload)`` is called once in each process and must be importable. An exception in a job is raised here; so is the death of a
+        process, as UserError. Then leave the pool: other jobs may still be running.
+        """
+        if not numbers:
+            return
+        if not self.workers:
+            job = open_job(payload)
+            yield from ((number, job(number, report)) for number in numbers)
+            return
+        waiting, running = list(reversed(numbers)), dict[Connection, int]()
         for connection in self.workers:
+            with contextlib.suppress(ConnectionError):
+                connection.send(("open", open_job, payload))
             self._give(connection, waiting, running)
         while running:
             for connection in [ready for ready in wait(list(running)) if isinstance(ready, Connection)]:
@@ -80,7 +87,7 @@ class _Pool:
         if waiting:
             running[connection] = waiting.pop()
             with contextlib.suppress(ConnectionError):  # a dead worker is reported when its answer is awaited
-                connection.send(running[connection])
+                connection.send(("do", running[connection]))
 
     def _lost(self, connection: Connection) -> UserError:
         process = self.workers[connection]
@@ -91,24 +98,22 @@ class _Pool:
             f"a worker process {how}, for want of memory perhaps; finished work is kept: the same command continues, --workers sets how many"
         )
 
-    def close(self) -> None:
-        """Ends the workers, in the middle of a job too: jobs leave nothing but temporary files."""
-        for connection, process in self.workers.items():
-            connection.close()
-            process.terminate()
-        for process in self.workers.values():
-            process.join()
 
-
-def _work(connection: Connection, open_job: Callable[[Any], Job], payload: Any) -> None:
+def _work(connection: Connection, warm_up: Callable[[Any], None] | None, argument: Any) -> None:
     """A worker's life. When the parent dies the pipe breaks at the next report, and the worker ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told by the same key press, and ends the workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if warm_up is not None:
+        with contextlib.suppress(Exception):  # what is wrong will show again in earnest
+            warm_up(argument)
+    job: Job | None = None
     try:
-        job = open_job(payload)
         while True:
-            number = connection.recv()
-            connection.send(("done", job(number, lambda report: connection.send(("progress", report)))))
+            what, *rest = connection.recv()
+            if what == "open":
+                job = rest[0](rest[1])
+            elif job is not None:
+                connection.send(("done", job(rest[0], lambda report: connection.send(("progress", report)))))
     except (EOFError, ConnectionError):
         return
     except Exception as error:

@@ -7,9 +7,11 @@ ids, which would let a document forge its own end.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,29 +116,39 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HFTokenizer(Tokenizer):
-    """A Hugging Face ``tokenizer.json``."""
+    """A Hugging Face ``tokenizer.json``. The library reads it when something is first encoded: workers with a fast encoder never need it."""
 
     kind = "tokenizers"
     file_name = HF_FILE
 
     def __init__(self, path: Path) -> None:
-        import tokenizers
+        import orjson
 
         self.path = path
         try:
-            self._model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
+            description = orjson.loads(path.read_bytes())
+            self._ids = _all_ids(description)
+            self.normalization = _normalization(description.get("normalizer"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a tokenizer.json ({error}); save the tokenizer again with save_pretrained") from error
-        # A document may contain the text of a special token; it must not become that token.
-        self._model.encode_special_tokens = True
-        self._model.no_truncation()
-        self._model.no_padding()
-        self._version = f"tokenizers {tokenizers.__version__}"
-        self.normalization = _normalization(json.loads(path.read_bytes()).get("normalizer"))
-        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._ids.values()) + 1
         described = self._described()
         self.eos_id = self._special(described.get("eos_token"), END_TOKENS)
         self.bos_id = self._special(described.get("bos_token"), BEGIN_TOKENS)
+
+    @cached_property
+    def _model(self) -> Any:
+        import tokenizers
+
+        try:
+            model = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{self.path} is not a tokenizer.json ({error}); save the tokenizer again with save_pretrained") from error
+        # A document may contain the text of a special token; it must not become that token.
+        model.encode_special_tokens = True
+        model.no_truncation()
+        model.no_padding()
+        return model
 
     def _described(self) -> dict[str, Any]:
         path = self.path.with_name("tokenizer_config.json")
@@ -145,15 +157,14 @@ class HFTokenizer(Tokenizer):
     def _special(self, named: Any, usual: Sequence[str]) -> int | None:
         name = named.get("content") if isinstance(named, dict) else named
         for candidate in [name, *usual] if name else usual:
-            found = self._model.token_to_id(candidate)
-            if found is not None:
-                return found
+            if candidate in self._ids:
+                return self._ids[candidate]
         return None
 
     @property
     def version(self) -> str:
         """See ``Tokenizer.version``."""
-        return self._version
+        return f"tokenizers {importlib.metadata.version('tokenizers')}"
 
     def normalize(self, text: str) -> str:
         """See ``Tokenizer.normalize``."""
@@ -166,6 +177,13 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _all_ids(description: dict[str, Any]) -> dict[str, int]:
+    """Every token of a ``tokenizer.json`` with its id."""
+    vocabulary = description["model"]["vocab"]
+    ids = {piece: i for i, (piece, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else dict(vocabulary)
+    return ids | {token["content"]: token["id"] for token in description.get("added_tokens") or []}
 
 
 def _normalization(normalizer: dict[str, Any] | None) -> Literal["none", "nfc", "other"]:

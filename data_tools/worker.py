@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_tools.encoders import Encoder, check, open_encoder
+from data_tools.encoders import FAST, Encoder, check, open_encoder
 from data_tools.errors import UserError
 from data_tools.indexed import IndexedWriter, best_dtype
 from data_tools.manifest import SPLITS, Shard
@@ -22,7 +22,7 @@ from data_tools.sources import Task
 from data_tools.storage import write_whole
 from data_tools.tokenizers import Tokenizer, load_tokenizer
 
-BATCH_CHARACTERS = 1 << 20
+BATCH_BYTES = 1 << 20
 PROBLEMS_KEPT = 20
 
 
@@ -91,10 +91,21 @@ class Step:
     tokens: int = 0
 
 
+_warm: dict[tuple[str, str], tuple[Tokenizer, Encoder]] = {}  # what a worker opened while its parent was still planning
+
+
+def warm_up(options: Options) -> None:
+    """Opens the tokenizer and the encoder that will most likely be used."""
+    tokenizer = load_tokenizer(options.tokenizer)
+    name = FAST[tokenizer.kind][0] if options.encoder == "auto" else options.encoder
+    _warm[options.tokenizer, name] = tokenizer, open_encoder(name, tokenizer)
+
+
 def open_tokenize_job(plan: Plan) -> Callable[[int, Report], TaskResult]:
     """A process's function that runs tasks by number."""
-    tokenizer = load_tokenizer(plan.options.tokenizer)
-    encoder = open_encoder(plan.options.encoder, tokenizer)
+    found = _warm.get((plan.options.tokenizer, plan.options.encoder))
+    tokenizer = found[0] if found else load_tokenizer(plan.options.tokenizer)
+    encoder = found[1] if found else open_encoder(plan.options.encoder, tokenizer)
     return lambda number, report: _Task(plan, number, tokenizer, encoder, report).run()
 
 
@@ -170,34 +181,35 @@ class _Task:
 
     def _write(self) -> None:
         pending: dict[str, list[str]] = {split: [] for split in SPLITS}
-        characters = dict.fromkeys(SPLITS, 0)
-        for text, split in self._split_documents():
+        sizes = dict.fromkeys(SPLITS, 0)
+        for text, split, size in self._split_documents():
             pending[split].append(text)
-            characters[split] += len(text)
-            if characters[split] >= BATCH_CHARACTERS:
-                self._encode(split, pending[split])
-                pending[split], characters[split] = [], 0
+            sizes[split] += size
+            if sizes[split] >= BATCH_BYTES:
+                self._encode(split, pending[split], sizes[split])
+                pending[split], sizes[split] = [], 0
         for split, texts in pending.items():
             if texts:
-                self._encode(split, texts)
+                self._encode(split, texts, sizes[split])
 
-    def _split_documents(self) -> Iterator[tuple[str, str]]:
-        """Texts that are no duplicates, each with its split. The split depends on the text alone, wherever the document stands."""
+    def _split_documents(self) -> Iterator[tuple[str, str, int]]:
+        """Texts that are no duplicates, each with its split and its bytes. The split depends on the text alone, wherever the document stands."""
         dropped = self._duplicates()
         for number, text in enumerate(documents(self.plan.tasks[self.number], self.options, self.result, digest=True)):
             if number in dropped:
                 self.result.duplicates += 1
                 continue
-            digest = split_hash(text.encode(), self.options.seed)
+            data = text.encode()
+            digest = split_hash(data, self.options.seed)
             if digest % self.options.check_every == 0:
                 check(self.encoder, self.tokenizer, [text])
-            yield text, "validation" if digest < self.validation_below else "train"
+            yield text, "validation" if digest < self.validation_below else "train", len(data)
 
     def _duplicates(self) -> set[int]:
         path = self.plan.duplicates(self.number)
         return set(np.fromfile(path, dtype=np.int64).tolist()) if path.is_file() else set()
 
-    def _encode(self, split: str, texts: list[str]) -> None:
+    def _encode(self, split: str, texts: list[str], size: int) -> None:
         if split not in self.writers:
             self.writers[split] = IndexedWriter(self.plan.work / split / f"{self.number:05d}", self.dtype)
         encoded = self.encoder.encode_batch(texts)
@@ -206,7 +218,6 @@ class _Task:
         pieces = [piece for ids in encoded for piece in (self.bos, ids, self.eos)] if extra else encoded
         tokens = np.concatenate(pieces, dtype=self.dtype, casting="unsafe")  # ids fit: the dtype is chosen by the vocabulary
         self.writers[split].add(tokens, lengths)
-        size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         self.bytes_of[split] += size
         self.result.documents += len(texts)
         self.result.tokens += len(tokens)

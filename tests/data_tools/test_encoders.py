@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -124,3 +126,16 @@ def test_only_the_beginning_of_a_huge_document_is_compared(tokenizers):
     check(encoder, tokenizer, ["long " * 100_000])
     assert sizes == [64 << 10]
     assert np.array_equal(encoder.encode_batch(["a b"])[0], encode(["a b"])[0])
+
+
+def test_the_quick_look_for_nfc_takes_no_letter_for_safe_that_is_not():
+    """Every letter there is, alone and behind letters that combine with marks."""
+    from data_tools.encoders import _is_nfc
+
+    for code in (code for code in range(0x110000) if not 0xD800 <= code < 0xE000):
+        text = chr(code)
+        if _is_nfc(text, text.encode()):
+            assert unicodedata.is_normalized("NFC", text)
+            for before in ("a", "\u0308", "\u1100"):
+                both = before + text
+                assert _is_nfc(both, both.encode()) == unicodedata.is_normalized("NFC", both), hex(code)

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from data_tools.errors import UserError
-from data_tools.pool import run_jobs
+from data_tools.pool import Pool
 
 
 def open_square(payload):
@@ -30,6 +30,11 @@ def open_failing(payload):
 
 def open_dying(payload):
     return lambda number, report: os.kill(os.getpid(), payload)
+
+
+def run_jobs(numbers, open_job, payload, workers, report):
+    with Pool(workers) as pool:
+        yield from pool.run(numbers, open_job, payload, report)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

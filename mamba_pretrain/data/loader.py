@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class TrainingData:
         self._sampler = Sampler(config, seed)
         self._blend = BlendSchedule.constant(self._sampler.weights)
         self._next_sample = 0
-        self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="data")
+        self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="data", initializer=_device_setter())
         self._pending: dict[int, tuple[Future[list[Batch]], int]] = {}  # first sample of a micro-batch -> (group being read, place in it)
         self._pin = torch.cuda.is_available()
 
@@ -156,6 +157,11 @@ class TrainingData:
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
         self._sampler.close()
+
+
+def _device_setter() -> Callable[[], None] | None:
+    """What a thread does first: the current GPU is each thread's own, and pinning memory would otherwise occupy GPU 0 from every rank."""
+    return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def validation_names(config: DataConfig) -> list[str]:

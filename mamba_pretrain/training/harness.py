@@ -1,6 +1,6 @@
 """lm-evaluation-harness on a checkpoint as it is: no export, no conversion.
 
-``pip install lm-eval`` brings the harness (Gao et al., https://github.com/EleutherAI/lm-evaluation-harness). Requests are scored as the harness's
+The extra ``eval`` brings the harness (Gao et al., https://github.com/EleutherAI/lm-evaluation-harness). Requests are scored as the harness's
 own adapter for transformers scores them, so that results of the same weights are equal.
 """
 
@@ -23,7 +23,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise UserError("lm-evaluation-harness is not installed; install it with `pip install lm-eval`") from error
+    raise UserError("lm-evaluation-harness is not installed; install it with `pip install 'mamba-pretrain[eval]'`") from error
 
 MAX_NEW_TOKENS = 256  # the harness's default where a task does not say
 

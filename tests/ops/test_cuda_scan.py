@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from mamba_pretrain.ops import cuda_scan, registry
 from mamba_pretrain.ops import cuda_scan_kernels as kernels
-from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.selective_scan import selective_scan
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -38,6 +40,15 @@ def gradients(arguments, **options):
     return [y, final, *torch.autograd.grad([y, final], list(inputs.values()), [dy, dfinal])]
 
 
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Lets even short sequences be cut."""
+    monkeypatch.setattr(kernels, "SHORTEST_SEGMENT", 16)
+    kernels.shape.cache_clear()
+    yield
+    kernels.shape.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cases(selective_scan_case, check_selective_scan, dtype):
@@ -53,14 +64,12 @@ def test_state_sizes_and_odd_channels(short_selective_scan_case, check_selective
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_segments(selective_scan_case, check_selective_scan, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "SHORTEST_SEGMENT", 16)
+def test_segments(selective_scan_case, check_selective_scan, dtype, short_segments):
     check_selective_scan(selective_scan_case, "cuda", device="cuda", dtype=dtype, channels=64, state=16)
 
 
 @pytest.mark.gpu
-def test_segments_of_every_state_size(short_selective_scan_case, check_selective_scan, monkeypatch):
-    monkeypatch.setattr(kernels, "SHORTEST_SEGMENT", 16)
+def test_segments_of_every_state_size(short_selective_scan_case, check_selective_scan, short_segments):
     for state in kernels.STATES:
         check_selective_scan(short_selective_scan_case, "cuda", device="cuda", dtype=torch.bfloat16, channels=40, state=state)
 
@@ -93,3 +102,56 @@ def test_documents_are_isolated_to_the_bit(start, check_isolation):
     shared = {k: t.cuda() for k, t in arguments.items()}
     with registry.using(selective_scan="cuda"):
         check_isolation(selective_scan, sequences, shared, start, device="cuda")
+
+
+def test_what_cannot_be_served_is_said_in_words(monkeypatch):
+    arguments = operands(device="cpu")
+    assert "needs a CUDA device" in cuda_scan.unsupported(registry.Request(arguments))
+    monkeypatch.setattr(registry.Request, "device", "cuda")
+    odd = {**arguments, "A": arguments["A"][:, :5]}
+    assert "8, 16, 32, 64 states a channel, not 5" in cuda_scan.unsupported(registry.Request(odd))
+    assert "float64" in cuda_scan.unsupported(registry.Request({**arguments, "u": arguments["u"].double()}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "capability 8.0" in cuda_scan.unsupported(registry.Request(arguments))
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """The device's properties without the device."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=9, minor=0, multi_processor_count=132))
+    caches = (kernels.shape, kernels._kernel, kernels._plain_kernel)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize(("batch", "channels", "length"), [(8, 4096, 2048), (16, 1536, 2048), (1, 4096, 65536), (1, 37, 1)])
+@pytest.mark.parametrize("kernel", ["scan_forward", "scan_carry", "scan_backward"])
+@pytest.mark.parametrize("states", kernels.STATES)
+def test_shapes_cover_all_channels_and_fit_on_the_device(h100, kernel, batch, channels, length, states):
+    shape = kernels.shape(kernel, 0, torch.bfloat16, batch, length, channels, states)
+    assert shape.blocks * shape.warps * 8 * shape.lane_channels >= channels
+    assert shape.lane_channels * states <= 64
+    assert 1 <= shape.segments <= max(1, length // kernels.SHORTEST_SEGMENT)
+    behind = kernels.shape("scan_backward", 0, torch.bfloat16, batch, length, channels, states)
+    assert behind.lane_channels % shape.lane_channels == 0  # a lane's channels share a twist
+
+
+def test_length_is_cut_only_where_the_device_is_not_full(h100):
+    def segments(batch, length):
+        return kernels.shape("scan_forward", 0, torch.bfloat16, batch, length, 4096, 16).segments
+
+    assert segments(8, 2048) == 1
+    assert segments(1, 65536) == 8
+    assert segments(1, 300) == 1
+
+
+def test_warm_up_loads_what_a_call_needs(h100, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(kernels.nvrtc, "kernel", lambda file, macros, block, device: loaded.append((file, macros["STATES"])))
+    kernels.warm_up(torch.bfloat16, batch=8, length=2048, channels=4096, states=16, device=0)
+    assert loaded == [("scan_forward.cu", 16), ("scan_backward.cu", 16), ("scan_reduce.cu", 16)]
+    kernels.warm_up(torch.bfloat16, batch=1, length=65536, channels=4096, states=16, device=0)
+    assert {"scan_carry.cu", "scan_join.cu"} <= {file for file, _ in loaded}

@@ -100,6 +100,51 @@ struct Forward {
             if (step + r < valid) store_row(p.y + row + r * p.channels, channel0 + channel, p.channels, y);
         }
     }
+
+    // The recurrence over a tile.
+    DEVICE void walk(int stage, int start, int valid, int twist, const float (&D)[CPT], const float (&rate)[CPT][NPT], float (&h)[CPT][NPT]) const {
+        const int part = lane & 3, own = (lane >> 2) * CPT;
+#pragma unroll 1
+        for (int group = 0; group < TILE; group += GROUP) {
+            float sums[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+            for (int receiver = 0; receiver < QUAD; ++receiver) {
+                float y[4];
+#pragma unroll
+                for (int r = 0; r < STEPS_A_LANE; ++r) {
+                    const int step = group + receiver * STEPS_A_LANE + r;
+                    float B[NPT], C[NPT], delta[CPT], input[CPT];
+                    load<NPT>(&block.B[stage][step][twist][part * NPT], B);
+                    load<NPT>(&block.C[stage][step][twist][part * NPT], C);
+                    load<CPT>(&tile.time_step[step][own], delta);
+                    load<CPT>(&tile.input[step][own], input);
+                    unrolled<CPT>([&](auto c_) {
+                        constexpr int c = decltype(c_)::value;
+                        float sum = 0.f;
+                        unrolled<NPT>([&](auto n_) {
+                            constexpr int n = decltype(n_)::value;
+                            h[c][n] = fmaf(decay<c * NPT + n>(delta[c], rate[c][n]), h[c][n], input[c] * B[n]);
+                            sum = fmaf(h[c][n], C[n], sum);
+                        });
+                        y[r * CPT + c] = sum;
+                    });
+                }
+                quad_sum(sums, y, receiver);
+            }
+            finish(stage, start, group + part * STEPS_A_LANE, valid, own, D, sums);
+        }
+    }
+
+    DEVICE void store_final(int twist, const float (&h)[CPT][NPT]) const {
+        const int part = lane & 3, channel = channel0 + (lane >> 2) * CPT;
+        if (p.final_state == nullptr || end != p.length) return;
+#pragma unroll
+        for (int c = 0; c < CPT; ++c)
+#pragma unroll
+            for (int n = 0; n < NPT; ++n)
+                if (channel + c < p.channels)
+                    p.final_state[(offset_t(batch) * p.channels + channel + c) * STATES + part * NPT + (n ^ twist)] = h[c][n];
+    }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const __grid_constant__ ForwardParams p) {
@@ -111,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     ForwardWarp& tile = block.warps[warp];
     const Forward scan{p, block, tile, batch, (int(blockIdx.x) * WARPS + warp) * WARP_CHANNELS, lane, end};
 
-    const int own = quad * CPT, channel = scan.channel0 + own;  // the quad's first channel, in the warp and in all
+    const int channel = scan.channel0 + quad * CPT;  // the quad's first
     const int twist = channel / TWIST_CHANNELS % TWISTS;
     float rate[CPT][NPT], h[CPT][NPT], D[CPT], bias[4];
 #pragma unroll
@@ -162,44 +207,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
             checkpoint += offset_t(p.channels) * STATES;
         }
         __syncwarp();
-#pragma unroll 1
-        for (int group = 0; group < TILE; group += GROUP) {
-            float sums[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-            for (int receiver = 0; receiver < QUAD; ++receiver) {
-                float y[4];
-#pragma unroll
-                for (int r = 0; r < STEPS_A_LANE; ++r) {
-                    const int step = group + receiver * STEPS_A_LANE + r;
-                    float B[NPT], C[NPT], delta[CPT], input[CPT];
-                    load<NPT>(&block.B[stage][step][twist][part * NPT], B);
-                    load<NPT>(&block.C[stage][step][twist][part * NPT], C);
-                    load<CPT>(&tile.time_step[step][own], delta);
-                    load<CPT>(&tile.input[step][own], input);
-                    unrolled<CPT>([&](auto c_) {
-                        constexpr int c = decltype(c_)::value;
-                        float sum = 0.f;
-                        unrolled<NPT>([&](auto n_) {
-                            constexpr int n = decltype(n_)::value;
-                            h[c][n] = fmaf(decay<c * NPT + n>(delta[c], rate[c][n]), h[c][n], input[c] * B[n]);
-                            sum = fmaf(h[c][n], C[n], sum);
-                        });
-                        y[r * CPT + c] = sum;
-                    });
-                }
-                quad_sum(sums, y, receiver);
-            }
-            scan.finish(stage, start, group + part * STEPS_A_LANE, valid, own, D, sums);
-        }
+        scan.walk(stage, start, valid, twist, D, rate, h);
     }
-    if (p.final_state != nullptr && end == p.length) {
-#pragma unroll
-        for (int c = 0; c < CPT; ++c)
-#pragma unroll
-            for (int n = 0; n < NPT; ++n)
-                if (channel + c < p.channels)
-                    p.final_state[(offset_t(batch) * p.channels + channel + c) * STATES + part * NPT + (n ^ twist)] = h[c][n];
-    }
+    scan.store_final(twist, h);
 }
 
 extern "C" __device__ const int scan_forward_shared_bytes = sizeof(ForwardBlock);

@@ -232,9 +232,8 @@ def report(found: dict[str, Any]) -> list[str]:
     for row in found["programs"]:
         factor = found["times_as_fast"].get(row["name"])
         slower = f"  mamba-data is {factor:.1f} times as fast" if factor else ""
-        print(
-            f"{row['name']:<22}{row['median_seconds']:>9.2f} s {row['tokens_per_second'] / 1e6:>8.2f} Mtok/s {row['processor_seconds']:>8.1f} processor-s {row['memory_gb']:>6.2f} GB{slower}"
-        )
+        used = f"{row['processor_seconds']:>8.1f} processor-s {row['memory_gb']:>6.2f} GB"
+        print(f"{row['name']:<22}{row['median_seconds']:>9.2f} s {row['tokens_per_second'] / 1e6:>8.2f} Mtok/s{used}{slower}")
     print(f"the bare encoder is {found['over_bare']:.2f} times as fast as mamba-data on {found['large_mb']:.0f} MB")
     missed = [
         f"{name}: {found['times_as_fast'].get(name, 'not measured')} instead of {bar}"

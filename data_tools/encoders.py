@@ -73,7 +73,7 @@ class FastEncoder:
         others = [i for i, text in enumerate(texts) if not text.isascii() and not (normalization == "nfc" and _is_nfc(text, data[i]))]
         if normalization == "nfc":
             for i in others:
-                data[i] = self._nfc(texts[i]).encode()
+                data[i] = self._nfc(texts[i])
             return self._encode(data)
         for i in others:
             data[i] = b""
@@ -82,15 +82,17 @@ class FastEncoder:
             encoded[i] = ids
         return encoded
 
-    def _nfc(self, text: str) -> str:
-        """Normalised by the reference, in pieces of whole lines as few of them need it: nothing combines with a line's end."""
-        pieces, begin = [], 0
+    def _nfc(self, text: str) -> bytes:
+        """UTF-8 of the text as the reference normalises it, in pieces of whole lines as few of them need it: nothing combines with a line's end."""
+        pieces: list[bytes] = []
+        begin = 0
         while begin < len(text):
             end = text.find("\n", begin + NORMALIZED_AT_ONCE) + 1 or len(text)
             piece = text[begin:end]
-            pieces.append(piece if _is_nfc(piece, piece.encode()) else self._tokenizer.normalize(piece))
+            data = piece.encode()
+            pieces.append(data if _is_nfc(piece, data) else self._tokenizer.normalize(piece).encode())
             begin = end
-        return "".join(pieces)
+        return b"".join(pieces)
 
 
 # Bytes of UTF-8 in which no letter stands that NFC may change: ASCII, U+0080 ... U+02FF, and, but for what follows, U+2000 ... U+2FFF.

@@ -66,6 +66,7 @@ def tokenize(
         for note in notes:
             print(f"note: {note}; using {encoder.version}", file=sys.stderr)
         plan = make_plan(tasks, replace(options, encoder=encoder.name), encoder, tokenizer, folders.work_folder(out))
+        tokenizer.rest()
         if (done := _already(plan.work, out, plan_name(plan), overwrite)) is not None:
             return done
         folders.check_free(out, overwrite)

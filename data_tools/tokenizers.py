@@ -52,6 +52,9 @@ class Tokenizer(ABC):
         """The text as it is before it is cut into tokens."""
         return text
 
+    def rest(self) -> None:  # noqa: B027  # most have nothing to free
+        """Frees what encoding took; the next encoding opens it again."""
+
     @property
     @abstractmethod
     def version(self) -> str:
@@ -149,6 +152,10 @@ class HFTokenizer(Tokenizer):
         model.no_truncation()
         model.no_padding()
         return model
+
+    def rest(self) -> None:
+        """See ``Tokenizer.rest``."""
+        self.__dict__.pop("_model", None)
 
     def _described(self) -> dict[str, Any]:
         path = self.path.with_name("tokenizer_config.json")

@@ -200,10 +200,11 @@ class _Task:
                 self.result.duplicates += 1
                 continue
             data = text.encode()
-            digest = split_hash(data, self.options.seed)
+            digest, size = split_hash(data, self.options.seed), len(data)
+            del data  # a document may be large, and would be held while it is encoded
             if digest % self.options.check_every == 0:
                 check(self.encoder, self.tokenizer, [text])
-            yield text, "validation" if digest < self.validation_below else "train", len(data)
+            yield text, "validation" if digest < self.validation_below else "train", size
 
     def _duplicates(self) -> set[int]:
         path = self.plan.duplicates(self.number)

@@ -28,7 +28,9 @@ FP32 = 1e-5  # relative; sums in another order stay under 1e-6 in practice
 # Over 20 steps of training that moves the loss by a few 1e-4 at most.
 BF16 = 1e-3
 SAVED_AT, CONTINUED = 3, 3  # a checkpoint after 3 steps, 3 more steps by whoever loads it
-MICRO = 3  # sequences: 12 of a step accumulate over 4, 2, 2 and 1 micro-batches on 1 to 4 processes
+# Sequences per micro-batch; 12 make a step. In bf16 one, so that every number of processes rounds the gradients of the same pieces: 3 processes
+# would cut their 4 sequences into 3 + 1, and another cut moves a bf16 loss by as much as the band, whatever the engine.
+MICRO = {"fp32": 3, "bf16": 1}
 
 
 def engines_of(world: int) -> tuple[str, ...]:
@@ -46,15 +48,15 @@ def difference(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
-def run_engines(steps: int, root: Path) -> list[dict[str, Any]]:
+def run_engines(steps: int, computes: list[str], root: Path) -> list[dict[str, Any]]:
     """Trains everything; a row per engine, number of processes, model and precision."""
     results = {}
     for world in WORLDS:
         jobs = [
-            Job(f"{engine}-{model}-{compute}", engine, model, compute, steps, micro=MICRO, parallel=settings(engine, world))
+            Job(f"{engine}-{model}-{compute}", engine, model, compute, steps, micro=MICRO[compute], parallel=settings(engine, world))
             for engine in engines_of(world)
             for model in TINY
-            for compute in ("fp32", "bf16")
+            for compute in computes
         ]
         results[world] = run_jobs(world, jobs, root / f"engines-{world}", timeout=3600)
         print(f"{world} processes: {len(jobs)} runs", flush=True)
@@ -96,7 +98,7 @@ def run_checkpoints(pairs_per_target: int, root: Path, model: str = "hybrid") ->
                 folder = str(root / f"{source[0]}-{source[1]}")
                 key = f"{source[0]}-{source[1]}-{engine}"
                 jobs.append(
-                    Job(key, engine, model, steps=steps, micro=MICRO, first=SAVED_AT, load=folder, parallel=settings(engine, world))
+                    Job(key, engine, model, steps=steps, micro=MICRO["fp32"], first=SAVED_AT, load=folder, parallel=settings(engine, world))
                 )
         for key, run in run_jobs(world, jobs, root / f"load-{world}", timeout=3600).items():
             source_engine, source_world, engine = key.split("-")
@@ -108,7 +110,7 @@ def run_checkpoints(pairs_per_target: int, root: Path, model: str = "hybrid") ->
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """A line per row, numbers short."""
-    print("  ".join(rows[0]))
+    print("  ".join(rows[0]) if rows else "")
     for row in rows:
         print("  ".join(f"{value:.1e}" if isinstance(value, float) else str(value) for value in row.values()))
 
@@ -120,13 +122,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 on any miss")
     parser.add_argument("--steps", type=int, default=20, help="steps of each run of the first matrix")
-    parser.add_argument("--pairs-per-target", type=int, default=2, help="checkpoints that each engine and number of processes continues")
+    parser.add_argument("--compute", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"], help="precisions of the first matrix")
+    parser.add_argument(
+        "--pairs-per-target", type=int, default=2, help="checkpoints each engine and number of processes continues; 0: none"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        engines = run_engines(arguments.steps, Path(folder))
-        checkpoints = run_checkpoints(arguments.pairs_per_target, Path(folder))
-    print_table(engines)
-    print_table(checkpoints)
+        engines = run_engines(arguments.steps, arguments.compute, Path(folder))
+        checkpoints = run_checkpoints(arguments.pairs_per_target, Path(folder)) if arguments.pairs_per_target else []
+    for rows in (engines, checkpoints):
+        print_table(rows)
     missed = [row for row in engines + checkpoints if not row["good"]]
     print(f"{len(engines)} runs and {len(checkpoints)} source-target pairs, {len(missed)} misses")
     summary = {"runs": len(engines), "pairs": len(checkpoints), "misses": len(missed), "limits": {"fp32": FP32, "bf16": BF16}}

@@ -12,6 +12,7 @@ of them. (Named so because a script called tokenize.py would hide Python's own m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import os
@@ -97,11 +98,10 @@ def tree_memory(process: Any) -> float:
     import psutil
 
     total = 0
-    for one in [process, *process.children(recursive=True)]:
-        try:
-            total += one.memory_full_info().pss
-        except psutil.Error:
-            continue
+    with contextlib.suppress(psutil.Error):  # it may end at any moment
+        for one in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += one.memory_full_info().pss
     return total / 1e9
 
 
@@ -124,7 +124,7 @@ def run(program: Program, scratch: Path) -> None:
         begin = time.perf_counter()
         process = psutil.Popen(command, stdout=log, stderr=log, cwd=program.folder, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         while process.poll() is None:
-            program.peak_gb = max(program.peak_gb, tree_memory(process)) if process.is_running() else program.peak_gb
+            program.peak_gb = max(program.peak_gb, tree_memory(process))
             time.sleep(0.05)
         seconds = time.perf_counter() - begin
         log.seek(0)
@@ -164,7 +164,8 @@ def programs(arguments: argparse.Namespace, text: Path, large: Path, scratch: Pa
         ]
         base += ["--append-eod", "--workers", str(WORKERS), "--output-prefix", "OUT/megatron"]
         found.append(Program("megatron-gigatoken", [*base, "--use-gigatoken"], text, arguments.rounds, arguments.megatron))
-        found.append(Program("megatron-tokenizers", base, text, 1, arguments.megatron))
+        if arguments.slow:
+            found.append(Program("megatron-tokenizers", base, text, 1, arguments.megatron))
     if arguments.peers:
         split_file(text, scratch / "split")
         for name in ("datatrove", "datasets.map"):
@@ -255,6 +256,7 @@ def main() -> None:
     parser.add_argument("--megatron", type=Path, help="checkout of NVIDIA/Megatron-LM")
     parser.add_argument("--peers", type=Path, help="Python interpreter that has datatrove and datasets")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the fast programs; the slow ones run once")
+    parser.add_argument("--slow", action="store_true", help="run Megatron-LM with the reference tokenizer too (it has no bar)")
     parser.add_argument("--scratch", type=Path, help="folder for temporary files")
     parser.add_argument("--check", action="store_true", help="exit 1 under a bar")
     arguments = parser.parse_args()

@@ -58,6 +58,8 @@ def test_an_array_completed_by_merge(tmp_path, tokenizers, mamba_data, texts, wr
         tokenizers["hf"],
         "--output",
         tmp_path / "out",
+        "--workers",
+        "1",  # spawned processes would not know of small blocks
         "--task-count",
         "2",
         "--task-index",

@@ -28,8 +28,9 @@ FP32 = 1e-5  # relative; sums in another order stay under 1e-6 in practice
 # Over 20 steps of training that moves the loss by a few 1e-4 at most.
 BF16 = 1e-3
 SAVED_AT, CONTINUED = 3, 3  # a checkpoint after 3 steps, 3 more steps by whoever loads it
-# Sequences per micro-batch; 12 make a step. In bf16 one, so that every number of processes rounds the gradients of the same pieces: 3 processes
-# would cut their 4 sequences into 3 + 1, and another cut moves a bf16 loss by as much as the band, whatever the engine.
+# Sequences per micro-batch; 12 make a step. Two things besides the engine move a bf16 loss by up to 8e-4 in 20 steps (measured in one process):
+# how a step is cut into micro-batches, so bf16 runs use one sequence each; and a loss scaled by a number that is no power of two. Engines that
+# average scale it by the number of processes, so 3 processes differ from 1, 2 and 4, where the scale changes no rounding at all.
 MICRO = {"fp32": 3, "bf16": 1}
 
 

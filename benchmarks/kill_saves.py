@@ -107,7 +107,7 @@ class Runner:
             victims = processes if number % 2 else [choose.choice(processes)]
             wait_for_steps(folder, steps_done(folder) + choose.randint(1, 4), processes)
             time.sleep(choose.uniform(0.0, 0.1))
-            during += any((folder / "checkpoints").glob(".tmp-*"))
+            during += save_under_way(folder, processes)
             for process in victims:
                 process.kill()
             wait_all(processes)
@@ -126,6 +126,15 @@ def wait_for_steps(folder: Path, steps: int, processes: list[Any]) -> None:
     deadline = time.monotonic() + PATIENCE
     while steps_done(folder) < steps and any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.002)
+
+
+def save_under_way(folder: Path, processes: list[Any]) -> bool:
+    """Waits for the next save to begin; False if the processes ended first."""
+    deadline = time.monotonic() + PATIENCE
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if any((folder / "checkpoints").glob(".tmp-*")):
+            return True
+    return False
 
 
 def wait_all(processes: list[Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from data_tools import dedup, folders
-from data_tools.encoders import Encoder, choose_encoder
+from data_tools.encoders import choose_encoder
 from data_tools.errors import UserError
 from data_tools.manifest import FILE_NAME, SPLITS, Manifest, Shard, Split, TokenizerInfo
 from data_tools.pool import Pool
@@ -62,18 +62,15 @@ def tokenize(
     tokenizer = _fitting_tokenizer(options)
     mine = (share or Share()).numbers(len(tasks))
     with Pool(min(workers, len(mine)), warm_up, options) as pool:
-        encoder, notes = choose_encoder(options.encoder, tokenizer, _first_documents(tasks, options))
-        for note in notes:
-            print(f"note: {note}; using {encoder.version}", file=sys.stderr)
-        plan = make_plan(tasks, replace(options, encoder=encoder.name), encoder, tokenizer, folders.work_folder(out))
-        tokenizer.rest()
+        name, version = _chosen_encoder(tasks, options, tokenizer)
+        plan = make_plan(tasks, replace(options, encoder=name), version, tokenizer, folders.work_folder(out))
         if (done := _already(plan.work, out, plan_name(plan), overwrite)) is not None:
             return done
         folders.check_free(out, overwrite)
         folders.make(plan.record(0).parent)
         lock = plan.notes / f"lock-{share.index if share else 0}-of-{share.count if share else 1}"
         with folders.lock(lock), _kept_or_removed(plan, share):
-            _write_plan(plan, encoder, tokenizer)
+            _write_plan(plan, version, tokenizer)
             _run(plan, mine, pool)
             return None if share else _complete(plan, out)
 
@@ -101,6 +98,17 @@ def _fitting_tokenizer(options: Options) -> Tokenizer:
     return tokenizer
 
 
+def _chosen_encoder(tasks: list[Task], options: Options, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Name and version of the encoder to use. What this process opened to find out is freed: it plans, the workers encode."""
+    encoder, notes = choose_encoder(options.encoder, tokenizer, _first_documents(tasks, options))
+    for note in notes:
+        print(f"note: {note}; using {encoder.version}", file=sys.stderr)
+    chosen = encoder.name, encoder.version
+    del encoder
+    tokenizer.rest()
+    return chosen
+
+
 def _first_documents(tasks: list[Task], options: Options) -> list[str]:
     """Whole documents until they are enough to compare encoders on; a malformed record ends them (it is reported when its task runs)."""
     texts: list[str] = []
@@ -117,10 +125,10 @@ def _first_documents(tasks: list[Task], options: Options) -> list[str]:
     return texts
 
 
-def make_plan(tasks: list[Task], options: Options, encoder: Encoder, tokenizer: Tokenizer, work: Path) -> Plan:
+def make_plan(tasks: list[Task], options: Options, encoder_version: str, tokenizer: Tokenizer, work: Path) -> Plan:
     """Names each task's work by everything that decides its output: parts of files with size and time of change, options, tokenizer, encoder."""
     decides = {key: value for key, value in asdict(options).items() if key not in ("tokenizer", "on_error")}
-    common = json.dumps([decides, tokenizer.hash, encoder.version], sort_keys=True)
+    common = json.dumps([decides, tokenizer.hash, encoder_version], sort_keys=True)
     keys = []
     for task in tasks:
         body = json.dumps([common, [part.identity() for part in task]], sort_keys=True)
@@ -148,11 +156,11 @@ def _already(work: Path, out: Path, name: str, overwrite: bool) -> Manifest | No
     return found
 
 
-def _write_plan(plan: Plan, encoder: Encoder, tokenizer: Tokenizer) -> None:
+def _write_plan(plan: Plan, encoder_version: str, tokenizer: Tokenizer) -> None:
     """What ``finish`` needs to know. Every process of an array writes the same."""
     described = {
         "name": plan_name(plan),
-        "encoder_version": encoder.version,
+        "encoder_version": encoder_version,
         "command": " ".join(sys.argv),
         "keys": plan.keys,
         "options": asdict(plan.options),

@@ -6,6 +6,8 @@ ids, which would let a document forge its own end.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -156,6 +158,10 @@ class HFTokenizer(Tokenizer):
     def rest(self) -> None:
         """See ``Tokenizer.rest``."""
         self.__dict__.pop("_model", None)
+        with contextlib.suppress(
+            OSError, AttributeError
+        ):  # the C library keeps freed memory for itself unless asked, and not all can be asked
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _described(self) -> dict[str, Any]:
         path = self.path.with_name("tokenizer_config.json")

@@ -34,7 +34,7 @@ def open_hash_job(plan: Plan) -> Callable[[int, Report], int]:
         path = hashes_path(plan, number)
         if not path.is_file():
             texts = documents(plan.tasks[number], plan.options, TaskResult(), report)
-            hashes = np.fromiter((document_hash(text.encode()) for text in texts), dtype=HASH)
+            hashes = np.fromiter((document_hash(text) for text in texts), dtype=HASH)
             write_whole(path, hashes.tobytes())
         return number
 

@@ -8,9 +8,9 @@ documents before anything is written, and on one document in ``check_every`` aft
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -20,18 +20,18 @@ from data_tools.errors import UserError
 from data_tools.tokenizers import SentencePieceTokenizer, Tokenizer
 
 REFERENCE = "reference"
-CHECKED_CHARACTERS = 64 << 10  # of a document: the reference needs some hundred bytes of memory a character
-NORMALIZED_AT_ONCE = 4096  # characters
+CHECKED_BYTES = 64 << 10  # of a document: the reference needs some hundred bytes of memory for each
+SEARCHED_AT_ONCE, NORMALIZED_AT_ONCE = 64 << 10, 4 << 10  # bytes
 FAST = {"sentencepiece": ("gigatoken",), "tokenizers": ("gigatoken", "fastokens")}  # by kind of tokenizer, the fastest first
 
 
 class Encoder(Protocol):
-    """Text to ids."""
+    """Text to ids. Texts are UTF-8: documents are large, and holding each as letters too would double the memory and the copying."""
 
     name: str
     version: str
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Ids of each text, without BOS or EOS."""
 
 
@@ -44,9 +44,9 @@ class ReferenceEncoder:
         self.tokenizer = tokenizer
         self.version = tokenizer.version
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """See ``Encoder``."""
-        return self.tokenizer.encode_batch(texts)
+        return self.tokenizer.encode_batch([text.decode() for text in texts])
 
 
 class FastEncoder:
@@ -64,47 +64,61 @@ class FastEncoder:
         except Exception as error:  # these libraries raise plain exceptions of many kinds
             raise UserError(f"{name} cannot serve {tokenizer.path} ({str(error).splitlines()[0]}); pass --encoder reference") from error
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """See ``Encoder``."""
         normalization = self._tokenizer.normalization
-        data = [text.encode() for text in texts]
         if normalization == "none":
-            return self._encode(data)
-        others = [i for i, text in enumerate(texts) if not text.isascii() and not (normalization == "nfc" and _is_nfc(text, data[i]))]
+            return self._encode(texts)
+        texts = list(texts)
+        others = [i for i, text in enumerate(texts) if not text.isascii()]
         if normalization == "nfc":
             for i in others:
-                data[i] = self._nfc(texts[i])
-            return self._encode(data)
+                texts[i] = self._nfc(texts[i])
+            return self._encode(texts)
+        by_reference = self._tokenizer.encode_batch([texts[i].decode() for i in others])
         for i in others:
-            data[i] = b""
-        encoded = self._encode(data)
-        for i, ids in zip(others, self._tokenizer.encode_batch([texts[i] for i in others]), strict=True):
+            texts[i] = b""
+        encoded = self._encode(texts)
+        for i, ids in zip(others, by_reference, strict=True):
             encoded[i] = ids
         return encoded
 
-    def _nfc(self, text: str) -> bytes:
-        """UTF-8 of the text as the reference normalises it, in pieces of whole lines as few of them need it: nothing combines with a line's end."""
-        pieces: list[bytes] = []
-        begin = 0
-        while begin < len(text):
-            end = text.find("\n", begin + NORMALIZED_AT_ONCE) + 1 or len(text)
-            piece = text[begin:end]
-            data = piece.encode()
-            pieces.append(data if _is_nfc(piece, data) else self._tokenizer.normalize(piece).encode())
-            begin = end
-        return b"".join(pieces)
+    def _nfc(self, text: bytes) -> bytes:
+        """The text as the reference normalises it, which is slow: so only the lines that need it. Nothing combines with a line's end."""
+        parts: list[bytes] = []
+        for block in whole_lines(text, SEARCHED_AT_ONCE):
+            if surely_nfc(block):
+                parts.append(block)
+                continue
+            for lines in whole_lines(block, NORMALIZED_AT_ONCE):
+                letters = lines.decode()
+                parts.append(lines if unicodedata.is_normalized("NFC", letters) else self._tokenizer.normalize(letters).encode())
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-# Bytes of UTF-8 in which no letter stands that NFC may change: ASCII, U+0080 ... U+02FF, and, but for what follows, U+2000 ... U+2FFF.
-_SAFE = bytes([*range(0xCC), 0xE2])
-_UNSAFE = re.compile(rb"\xe2(?:[\x83\x84\x8c\xab\xb3\xb5\xb7]|\x80[\x80\x81])")
+def whole_lines(text: bytes, size: int) -> Iterator[bytes]:
+    """The text in pieces of about ``size`` bytes that end where lines do."""
+    begin = 0
+    while begin < len(text):
+        end = text.find(b"\n", begin + size) + 1 or len(text)
+        yield text[begin:end]
+        begin = end
 
 
-def _is_nfc(text: str, data: bytes) -> bool:
-    """Whether a text (``data`` is its UTF-8) is in NFC. Most is seen by its bytes, much faster than looking each letter up."""
-    if not data.translate(None, _SAFE) and not _UNSAFE.search(data):
-        return True
-    return unicodedata.is_normalized("NFC", text)
+# Second bytes, behind 0xE2, of those letters U+2000 ... U+2FFF that NFC may change; with 0x80 only U+2000 and U+2001.
+_CHANGED_SECONDS = np.isin(np.arange(256), [0x80, 0x83, 0x84, 0x8C, 0xAB, 0xB3, 0xB5, 0xB7])
+
+
+def surely_nfc(text: bytes) -> bool:
+    """Whether UTF-8 is seen by its bytes to be in NFC, much faster than by looking each letter up. Most is: it holds ASCII, U+0080 ... U+02FF and,
+    but for some, U+2000 ... U+2FFF.
+    """
+    data = np.frombuffer(text, dtype=np.uint8)
+    lead = np.flatnonzero(data >= 0xCC)
+    if np.any(data[lead] != 0xE2):
+        return False
+    second = data[lead + 1]
+    return not np.any(_CHANGED_SECONDS[second] & ((second != 0x80) | (data[lead + 2] <= 0x81)))
 
 
 Encode = Callable[[Sequence[bytes]], list[np.ndarray]]
@@ -155,19 +169,22 @@ def open_encoder(name: str, tokenizer: Tokenizer) -> Encoder:
     return FastEncoder(name, tokenizer)
 
 
-def choose_encoder(wanted: str, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Encoder, list[str]]:
+def choose_encoder(
+    wanted: str, tokenizer: Tokenizer, texts: Sequence[bytes], opened: Callable[[str], Encoder] | None = None
+) -> tuple[Encoder, list[str]]:
     """The encoder to use, and sentences about those passed over. ``auto`` takes the fastest that gives the reference's ids on ``texts``.
 
-    Raises UserError when an encoder asked for by name is not to be had or gives other ids.
+    ``opened(name)`` may give encoders that are open already. Raises UserError when an encoder asked for by name is not to be had or gives other ids.
     """
+    opened = opened or partial(open_encoder, tokenizer=tokenizer)
     if wanted != "auto":
-        encoder = open_encoder(wanted, tokenizer)
+        encoder = opened(wanted)
         check(encoder, tokenizer, texts)
         return encoder, []
     notes: list[str] = []
     for name in FAST[tokenizer.kind]:
         try:
-            encoder = open_encoder(name, tokenizer)
+            encoder = opened(name)
             check(encoder, tokenizer, texts)
             return encoder, notes
         except UserError as error:
@@ -175,12 +192,13 @@ def choose_encoder(wanted: str, tokenizer: Tokenizer, texts: Sequence[str]) -> t
     return ReferenceEncoder(tokenizer), notes
 
 
-def check(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+def check(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[bytes]) -> None:
     """Compares an encoder with the reference. Raises UserError with the first text that differs."""
     if encoder.name == REFERENCE:
         return
-    texts = [text[:CHECKED_CHARACTERS] for text in texts]
-    for text, ids, expected in zip(texts, encoder.encode_batch(texts), tokenizer.encode_batch(texts), strict=True):
+    letters = [text[:CHECKED_BYTES].decode(errors="ignore") for text in texts]  # what is cut may end within a letter
+    encoded = encoder.encode_batch([text.encode() for text in letters])
+    for text, ids, expected in zip(letters, encoded, tokenizer.encode_batch(letters), strict=True):
         if not np.array_equal(ids, expected):
             raise UserError(
                 f"{encoder.version} gives other ids than {tokenizer.version} for the document that begins {text[:40]!r}; "

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from data_tools import dedup, folders
-from data_tools.encoders import choose_encoder
 from data_tools.errors import UserError
 from data_tools.manifest import FILE_NAME, SPLITS, Manifest, Shard, Split, TokenizerInfo
 from data_tools.pool import Pool
@@ -29,9 +28,9 @@ from data_tools.progress import Progress
 from data_tools.sources import Part, Task
 from data_tools.storage import combine, is_url, make_durable, stamp, write_whole
 from data_tools.tokenizers import Tokenizer, load_tokenizer
-from data_tools.worker import Options, Plan, TaskResult, documents, open_tokenize_job, warm_up
+from data_tools.worker import Options, Plan, TaskResult, documents, open_choice, open_tokenize_job, warm_up
 
-CHECKED_FIRST = 128 << 10  # characters of the first documents on which an encoder is compared with the reference
+CHECKED_FIRST = 128 << 10  # bytes of the first documents on which an encoder is compared with the reference
 PLAN_FILE = "plan.json"
 
 
@@ -62,7 +61,7 @@ def tokenize(
     tokenizer = _fitting_tokenizer(options)
     mine = (share or Share()).numbers(len(tasks))
     with Pool(min(workers, len(mine)), warm_up, options) as pool:
-        name, version = _chosen_encoder(tasks, options, tokenizer)
+        name, version = _chosen_encoder(tasks, options, pool)
         plan = make_plan(tasks, replace(options, encoder=name), version, tokenizer, folders.work_folder(out))
         if (done := _already(plan.work, out, plan_name(plan), overwrite)) is not None:
             return done
@@ -98,20 +97,17 @@ def _fitting_tokenizer(options: Options) -> Tokenizer:
     return tokenizer
 
 
-def _chosen_encoder(tasks: list[Task], options: Options, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Name and version of the encoder to use. What this process opened to find out is freed: it plans, the workers encode."""
-    encoder, notes = choose_encoder(options.encoder, tokenizer, _first_documents(tasks, options))
+def _chosen_encoder(tasks: list[Task], options: Options, pool: Pool) -> tuple[str, str]:
+    """Name and version of the encoder to use. A worker finds out, which has opened one already: this process plans and opens none."""
+    ((_, (name, version, notes)),) = pool.run([0], open_choice, (options, _first_documents(tasks, options)), lambda _: None)
     for note in notes:
-        print(f"note: {note}; using {encoder.version}", file=sys.stderr)
-    chosen = encoder.name, encoder.version
-    del encoder
-    tokenizer.rest()
-    return chosen
+        print(f"note: {note}; using {version}", file=sys.stderr)
+    return name, version
 
 
-def _first_documents(tasks: list[Task], options: Options) -> list[str]:
+def _first_documents(tasks: list[Task], options: Options) -> list[bytes]:
     """Whole documents until they are enough to compare encoders on; a malformed record ends them (it is reported when its task runs)."""
-    texts: list[str] = []
+    texts: list[bytes] = []
     size = 0
     try:
         for task in tasks:

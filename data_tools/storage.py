@@ -126,9 +126,17 @@ def block_count(size: int) -> int:
 
 def hash_blocks(path: str, first: int, last: int) -> list[str]:
     """xxh3 of blocks first ... last - 1 of a local file."""
+    digests = []
+    buffer = memoryview(bytearray(min(HASH_BLOCK, 1 << 20)))
     with open(path, "rb", buffering=0) as file:
         file.seek(first * HASH_BLOCK)
-        return [xxhash.xxh3_128_hexdigest(file.read(HASH_BLOCK)) for _ in range(first, last)]
+        for _ in range(first, last):
+            digest, left = xxhash.xxh3_128(), HASH_BLOCK
+            while left and (count := file.readinto(buffer[:left])):
+                digest.update(buffer[:count])
+                left -= count
+            digests.append(digest.hexdigest())
+    return digests
 
 
 def combine(blocks: list[str]) -> str:

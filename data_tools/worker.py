@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_tools.encoders import FAST, Encoder, check, open_encoder
+from data_tools.encoders import FAST, Encoder, check, choose_encoder, open_encoder
 from data_tools.errors import UserError
 from data_tools.indexed import IndexedWriter, best_dtype
 from data_tools.manifest import SPLITS, Shard
@@ -91,26 +91,56 @@ class Step:
     tokens: int = 0
 
 
-_warm: dict[tuple[str, str], tuple[Tokenizer, Encoder]] = {}  # what a worker opened while its parent was still planning
+class _Opened:
+    """A tokenizer and encoders for it, each opened once."""
+
+    def __init__(self, path: str) -> None:
+        self.tokenizer = load_tokenizer(path)
+        self._encoders: dict[str, Encoder] = {}
+
+    def encoder(self, name: str) -> Encoder:
+        """The encoder of that name. Raises UserError when it cannot be had."""
+        if name not in self._encoders:
+            self._encoders[name] = open_encoder(name, self.tokenizer)
+        return self._encoders[name]
+
+
+_warm: list[_Opened] = []  # what a worker opened while its parent was still planning
 
 
 def warm_up(options: Options) -> None:
     """Opens the tokenizer and the encoder that will most likely be used."""
-    tokenizer = load_tokenizer(options.tokenizer)
-    name = FAST[tokenizer.kind][0] if options.encoder == "auto" else options.encoder
-    _warm[options.tokenizer, name] = tokenizer, open_encoder(name, tokenizer)
+    opened = _Opened(options.tokenizer)
+    opened.encoder(FAST[opened.tokenizer.kind][0] if options.encoder == "auto" else options.encoder)
+    _warm.append(opened)
+
+
+def _opened(options: Options) -> _Opened:
+    return _warm[0] if _warm else _Opened(options.tokenizer)
+
+
+def open_choice(work: tuple[Options, list[bytes]]) -> Callable[[int, Report], tuple[str, str, list[str]]]:
+    """A process's function that chooses the encoder by these texts: its name and version, and sentences about those passed over."""
+    options, texts = work
+    opened = _opened(options)
+
+    def job(_: int, __: Report) -> tuple[str, str, list[str]]:
+        encoder, notes = choose_encoder(options.encoder, opened.tokenizer, texts, opened.encoder)
+        opened.tokenizer.rest()
+        return encoder.name, encoder.version, notes
+
+    return job
 
 
 def open_tokenize_job(plan: Plan) -> Callable[[int, Report], TaskResult]:
     """A process's function that runs tasks by number."""
-    found = _warm.get((plan.options.tokenizer, plan.options.encoder))
-    tokenizer = found[0] if found else load_tokenizer(plan.options.tokenizer)
-    encoder = found[1] if found else open_encoder(plan.options.encoder, tokenizer)
-    return lambda number, report: _Task(plan, number, tokenizer, encoder, report).run()
+    opened = _opened(plan.options)
+    encoder = opened.encoder(plan.options.encoder)
+    return lambda number, report: _Task(plan, number, opened.tokenizer, encoder, report).run()
 
 
-def documents(task: Task, options: Options, result: TaskResult, report: Report = lambda _: None, digest: bool = False) -> Iterator[str]:
-    """The texts of a task, in order, cleaned as the options say; counts empty and malformed ones, and with ``digest`` notes checksums.
+def documents(task: Task, options: Options, result: TaskResult, report: Report = lambda _: None, digest: bool = False) -> Iterator[bytes]:
+    """The texts of a task (UTF-8), in order, cleaned as the options say; counts empty and malformed ones, and with ``digest`` notes checksums.
 
     Raises UserError for a malformed record when ``on_error`` is fail.
     """
@@ -122,7 +152,9 @@ def documents(task: Task, options: Options, result: TaskResult, report: Report =
             elif not text or text.isspace():
                 result.empty += 1
             else:
-                yield unicodedata.normalize("NFC", text) if options.normalize_nfc else text
+                data = (unicodedata.normalize("NFC", text) if options.normalize_nfc else text).encode()
+                del text  # a document may be large, and both would be held while it is encoded
+                yield data
         if digests:
             result.blocks.setdefault(part.path, []).extend(digests)
         report(Step(size=part.size))
@@ -180,11 +212,11 @@ class _Task:
             writer.abort()
 
     def _write(self) -> None:
-        pending: dict[str, list[str]] = {split: [] for split in SPLITS}
+        pending: dict[str, list[bytes]] = {split: [] for split in SPLITS}
         sizes = dict.fromkeys(SPLITS, 0)
-        for text, split, size in self._split_documents():
+        for text, split in self._split_documents():
             pending[split].append(text)
-            sizes[split] += size
+            sizes[split] += len(text)
             if sizes[split] >= BATCH_BYTES:
                 self._encode(split, pending[split], sizes[split])
                 pending[split], sizes[split] = [], 0
@@ -192,25 +224,23 @@ class _Task:
             if texts:
                 self._encode(split, texts, sizes[split])
 
-    def _split_documents(self) -> Iterator[tuple[str, str, int]]:
-        """Texts that are no duplicates, each with its split and its bytes. The split depends on the text alone, wherever the document stands."""
+    def _split_documents(self) -> Iterator[tuple[bytes, str]]:
+        """Texts that are no duplicates, each with its split, which depends on the text alone, wherever the document stands."""
         dropped = self._duplicates()
         for number, text in enumerate(documents(self.plan.tasks[self.number], self.options, self.result, digest=True)):
             if number in dropped:
                 self.result.duplicates += 1
                 continue
-            data = text.encode()
-            digest, size = split_hash(data, self.options.seed), len(data)
-            del data  # a document may be large, and would be held while it is encoded
+            digest = split_hash(text, self.options.seed)
             if digest % self.options.check_every == 0:
                 check(self.encoder, self.tokenizer, [text])
-            yield text, "validation" if digest < self.validation_below else "train", size
+            yield text, "validation" if digest < self.validation_below else "train"
 
     def _duplicates(self) -> set[int]:
         path = self.plan.duplicates(self.number)
         return set(np.fromfile(path, dtype=np.int64).tolist()) if path.is_file() else set()
 
-    def _encode(self, split: str, texts: list[str], size: int) -> None:
+    def _encode(self, split: str, texts: list[bytes], size: int) -> None:
         if split not in self.writers:
             self.writers[split] = IndexedWriter(self.plan.work / split / f"{self.number:05d}", self.dtype)
         encoded = self.encoder.encode_batch(texts)

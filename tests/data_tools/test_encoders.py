@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.encoders import FAST, FastEncoder, ReferenceEncoder, check, choose_encoder, open_encoder
+from data_tools import encoders
+from data_tools.encoders import FAST, FastEncoder, ReferenceEncoder, check, choose_encoder, open_encoder, surely_nfc
 from data_tools.errors import UserError
 from data_tools.tokenizers import load_tokenizer
 
@@ -43,7 +44,8 @@ def test_ids_equal_the_references(tokenizers, kind, name):
     @settings(max_examples=150, deadline=None)
     @given(st.lists(TEXT, min_size=1, max_size=20))
     def equal(texts):
-        for text, ids, expected in zip(texts, encoder.encode_batch(texts), tokenizer.encode_batch(texts), strict=True):
+        found = encoder.encode_batch([text.encode() for text in texts])
+        for text, ids, expected in zip(texts, found, tokenizer.encode_batch(texts), strict=True):
             assert ids.tolist() == expected.tolist(), text
 
     equal()
@@ -53,7 +55,7 @@ def test_ids_equal_the_references(tokenizers, kind, name):
 def test_the_text_of_a_control_token_stays_text(tokenizers, texts, kind, name):
     tokenizer = load_tokenizer(tokenizers[kind])
     literal = {"sentencepiece": "</s>", "hf": "<|endoftext|>"}[kind]
-    (ids,) = open_encoder(name, tokenizer).encode_batch([f"before {literal} after"])
+    (ids,) = open_encoder(name, tokenizer).encode_batch([f"before {literal} after".encode()])
     assert tokenizer.eos_id is not None
     assert tokenizer.eos_id not in ids.tolist()
     assert tokenizer.decode(ids.tolist()) == f"before {literal} after"
@@ -72,14 +74,15 @@ def test_other_normalisations_leave_odd_letters_to_the_reference(texts, tmp_path
     asked = []
     encode = tokenizer.encode_batch
     tokenizer.encode_batch = lambda batch: asked.extend(batch) or encode(batch)
-    found = FastEncoder("gigatoken", tokenizer).encode_batch(["plain", "\ufb01ne", "x"])
+    found = FastEncoder("gigatoken", tokenizer).encode_batch([text.encode() for text in ("plain", "\ufb01ne", "x")])
     assert asked == ["\ufb01ne"]
     assert [tokenizer.decode(ids.tolist()) for ids in found] == ["plain", "fine", "x"]
 
 
 def test_auto_takes_the_first_that_agrees_and_says_what_it_passed_over(tokenizers, texts, monkeypatch):
     tokenizer = load_tokenizer(tokenizers["hf"])
-    encoder, notes = choose_encoder("auto", tokenizer, texts[:50])
+    documents = [text.encode() for text in texts[:50]]
+    encoder, notes = choose_encoder("auto", tokenizer, documents)
     assert (encoder.name, notes) == ("gigatoken", [])
     encode = FastEncoder.encode_batch
 
@@ -87,12 +90,12 @@ def test_auto_takes_the_first_that_agrees_and_says_what_it_passed_over(tokenizer
         return [ids[:-1] for ids in encode(self, batch)] if self.name == "gigatoken" else encode(self, batch)
 
     monkeypatch.setattr(FastEncoder, "encode_batch", wrong)
-    encoder, notes = choose_encoder("auto", tokenizer, texts[:50])
+    encoder, notes = choose_encoder("auto", tokenizer, documents)
     assert encoder.name == "fastokens"
     assert len(notes) == 1
     assert "gigatoken" in notes[0]
     with pytest.raises(UserError, match="gives other ids than tokenizers"):
-        choose_encoder("gigatoken", tokenizer, texts[:50])
+        choose_encoder("gigatoken", tokenizer, documents)
 
 
 def test_a_tokenizer_that_the_fast_library_does_not_know(tokenizers, tmp_path):
@@ -103,7 +106,7 @@ def test_a_tokenizer_that_the_fast_library_does_not_know(tokenizers, tmp_path):
     source = tokenizers["sentencepiece"].parent / "text.jsonl"
     train_tokenizer(plan_tasks(find_files([str(source)], [], [])), tmp_path / "t", 500, "unigram", "text", 1 << 18, 0, False)
     tokenizer = load_tokenizer(tmp_path / "t")
-    encoder, notes = choose_encoder("auto", tokenizer, ["some text"])
+    encoder, notes = choose_encoder("auto", tokenizer, [b"some text"])
     assert encoder.name == "reference"
     assert "gigatoken cannot serve" in notes[0]
     with pytest.raises(UserError, match="does not know tokenizers of kind sentencepiece"):
@@ -114,7 +117,7 @@ def test_the_reference_needs_no_check(tokenizers):
     tokenizer = load_tokenizer(tokenizers["hf"])
     encoder = ReferenceEncoder(tokenizer)
     tokenizer.encode_batch = lambda texts: pytest.fail("the reference was compared with itself")
-    check(encoder, tokenizer, ["x"])
+    check(encoder, tokenizer, [b"x"])
 
 
 def test_only_the_beginning_of_a_huge_document_is_compared(tokenizers):
@@ -123,19 +126,33 @@ def test_only_the_beginning_of_a_huge_document_is_compared(tokenizers):
     sizes = []
     encode = tokenizer.encode_batch
     tokenizer.encode_batch = lambda texts: sizes.extend(map(len, texts)) or encode(texts)
-    check(encoder, tokenizer, ["long " * 100_000])
+    check(encoder, tokenizer, [b"long " * 100_000])
     assert sizes == [64 << 10]
-    assert np.array_equal(encoder.encode_batch(["a b"])[0], encode(["a b"])[0])
+    assert np.array_equal(encoder.encode_batch([b"a b"])[0], encode(["a b"])[0])
 
 
 def test_the_quick_look_for_nfc_takes_no_letter_for_safe_that_is_not():
-    """Every letter there is, alone and behind letters that combine with marks."""
-    from data_tools.encoders import _is_nfc
+    """Alone and behind letters that combine with marks."""
+    safe = [chr(code) for code in range(0x3000) if surely_nfc(chr(code).encode())]
+    assert len(safe) > 4000
+    for letter in safe:
+        assert all(unicodedata.is_normalized("NFC", before + letter) for before in ("", "a", "\u0308", "\u1100")), hex(ord(letter))
+    assert not any(surely_nfc(chr(code).encode()) for code in range(0x3000, 0x110000, 97) if not 0xD800 <= code < 0xE000)
 
-    for code in (code for code in range(0x110000) if not 0xD800 <= code < 0xE000):
-        text = chr(code)
-        if _is_nfc(text, text.encode()):
-            assert unicodedata.is_normalized("NFC", text)
-            for before in ("a", "\u0308", "\u1100"):
-                both = before + text
-                assert _is_nfc(both, both.encode()) == unicodedata.is_normalized("NFC", both), hex(code)
+
+LINES = st.lists(
+    st.sampled_from(["plain text\n", "caf\u00e9 \u2014 \u2500\n", "e\u0301", "\u212b\n", "\u1100\u1161", "\n", " "]), max_size=40
+)
+
+
+def test_normalising_by_lines_is_normalising_the_whole(tokenizers, monkeypatch):
+    encoder = FastEncoder("gigatoken", load_tokenizer(tokenizers["hf"]))
+
+    @settings(max_examples=60, deadline=None)
+    @given(LINES.map("".join), st.integers(1, 50))
+    def equal(text, size):
+        monkeypatch.setattr(encoders, "SEARCHED_AT_ONCE", 3 * size)
+        monkeypatch.setattr(encoders, "NORMALIZED_AT_ONCE", size)
+        assert encoder._nfc(text.encode()).decode() == unicodedata.normalize("NFC", text)
+
+    equal()

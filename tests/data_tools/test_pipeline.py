@@ -215,7 +215,7 @@ def test_a_fast_encoder_that_errs_is_passed_over_or_stops_the_run(tmp_path, toke
 
     def wrong(self, texts):
         encoded = encode(self, texts)
-        return [np.zeros(1, np.int32) if "rare" in text else ids for text, ids in zip(texts, encoded, strict=True)]
+        return [np.zeros(1, np.int32) if b"rare" in text else ids for text, ids in zip(texts, encoded, strict=True)]
 
     monkeypatch.setattr(FastEncoder, "encode_batch", wrong)
     options = Options(str(tokenizers["sentencepiece"]), check_every=1)

@@ -5,8 +5,14 @@
     python benchmarks/tokenizing.py --check    # without --docs: the newest record; exit 1 under a bar
 
 The tokenizer is GPT-NeoX's (a folder with tokenizer.json, and tokenizer_config.json for Megatron). ``--megatron`` is a checkout of
-NVIDIA/Megatron-LM, ``--peers`` a Python that has datatrove and datasets. Programs take turns, so that whatever else the machine does hits all
-of them. (Named so because a script called tokenize.py would hide Python's own module of that name from everything beside it.)
+NVIDIA/Megatron-LM, whose own tools/preprocess_data.py is run; ``--peers`` a Python that has what it needs (megatron-core's dependencies,
+gigatoken), datatrove and datasets. Peers that are not at hand are left out, and their bars count as missed.
+
+Two texts: all plain documentation for the peers; for the bare encoder, which alone is as fast, that and the HTML, four times, each time with the
+lines of every document turned by another quarter. Seconds are of the whole command, start and all; the bare encoder's are of encoding alone, of
+texts held in memory. Programs take turns, so that whatever else the machine does hits all of them. Memory is the largest sum over a program's
+processes of their proportional set sizes, sampled every 50 ms. (Named so because a script called tokenize.py would hide Python's own module of
+that name from everything beside it.)
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,19 +77,33 @@ class Program:
         }
 
 
-def write_corpus(docs: Path, out: Path, html: bool) -> None:
-    """The documentation's text files (and HTML) as one JSONL, one file a document."""
-    with out.open("w", encoding="utf-8") as file:
-        for path in sorted(docs.rglob("*")):
-            name = path.name.removesuffix(".gz")
-            if not path.is_file() or not (name.endswith(SUFFIXES) or path.suffix == ".gz") or (name.endswith(".html") and not html):
-                continue
-            try:
-                text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
-            except (UnicodeDecodeError, OSError):
-                continue
-            if text.strip():
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+def documents(docs: Path, html: bool) -> Iterator[str]:
+    """The documentation's text files (and HTML), each a document."""
+    for path in sorted(docs.rglob("*")):
+        name = path.name.removesuffix(".gz")
+        if not path.is_file() or not (name.endswith(SUFFIXES) or path.suffix == ".gz") or (name.endswith(".html") and not html):
+            continue
+        try:
+            text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+        except (UnicodeDecodeError, OSError):
+            continue
+        if text.strip():
+            yield text
+
+
+def turned(text: str, quarters: int) -> str:
+    """The text with its lines turned by so many quarters: other documents, as like to each other as the originals."""
+    lines = text.splitlines(keepends=True)
+    first = len(lines) * quarters // 4
+    return "".join([*lines[first:], *lines[:first]])
+
+
+def write_corpus(path: Path, docs: Path, html: bool, times: int = 1) -> None:
+    """JSONL of the documentation."""
+    texts = list(documents(docs, html))
+    with path.open("w", encoding="utf-8") as file:
+        for quarters in range(times):
+            file.writelines(json.dumps({"text": turned(text, quarters)}, ensure_ascii=False) + "\n" for text in texts)
 
 
 def split_file(path: Path, folder: Path) -> None:
@@ -151,18 +172,8 @@ def programs(arguments: argparse.Namespace, text: Path, large: Path, scratch: Pa
         Program("bare encoder, large", bare, large, arguments.rounds, own=True),
     ]
     if arguments.megatron:
-        base = [
-            sys.executable,
-            "-c",
-            MEGATRON,
-            "--input",
-            str(text),
-            "--tokenizer-type",
-            "HuggingFaceTokenizer",
-            "--tokenizer-model",
-            tokenizer,
-        ]
-        base += ["--append-eod", "--workers", str(WORKERS), "--output-prefix", "OUT/megatron"]
+        base = [str(arguments.peers or sys.executable), "-c", MEGATRON, "--input", str(text), "--append-eod", "--workers", str(WORKERS)]
+        base += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--output-prefix", "OUT/megatron"]
         found.append(Program("megatron-gigatoken", [*base, "--use-gigatoken"], text, arguments.rounds, arguments.megatron))
         if arguments.slow:
             found.append(Program("megatron-tokenizers", base, text, 1, arguments.megatron))
@@ -178,8 +189,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
         scratch = Path(name)
         text, large = scratch / "text.jsonl", scratch / "large.jsonl"
-        write_corpus(arguments.docs, text, html=False)
-        write_corpus(arguments.docs, large, html=True)
+        write_corpus(text, arguments.docs, html=False)
+        write_corpus(large, arguments.docs, html=True, times=4)
         tokens = {path: count(path, arguments.tokenizer, scratch) for path in (text, large)}
         found = programs(arguments, text, large, scratch)
         for turn in range(max(program.rounds for program in found)):

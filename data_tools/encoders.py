@@ -86,14 +86,18 @@ class FastEncoder:
     def _nfc(self, text: bytes) -> bytes:
         """The text as the reference normalises it, which is slow: so only the lines that need it. Nothing combines with a line's end."""
         parts: list[bytes] = []
+        done = position = 0
         for block in whole_lines(text, SEARCHED_AT_ONCE):
             if surely_nfc(block):
-                parts.append(block)
+                position += len(block)
                 continue
             for lines in whole_lines(block, NORMALIZED_AT_ONCE):
                 letters = lines.decode()
-                parts.append(lines if unicodedata.is_normalized("NFC", letters) else self._tokenizer.normalize(letters).encode())
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+                if not unicodedata.is_normalized("NFC", letters):
+                    parts += [text[done:position], self._tokenizer.normalize(letters).encode()]
+                    done = position + len(lines)
+                position += len(lines)
+        return b"".join([*parts, text[done:]]) if parts else text
 
 
 def whole_lines(text: bytes, size: int) -> Iterator[bytes]:

@@ -89,8 +89,8 @@ def _read_jsonl(part: Part, text_key: str) -> Reading:
                 except (orjson.JSONDecodeError, KeyError, TypeError, IndexError):
                     value = None
                 if isinstance(value, str):
-                    del line  # a document may be large, and both would be held while it is encoded
-                    yield value
+                    texts, line, value = [value], b"", None  # a document may be large: nothing of it is held here while it is encoded
+                    yield texts.pop()
                 elif not line.isspace():
                     yield Problem(f"{part.path}, line {number + _lines_before(part)}", _what_is_wrong(line, keys))
     except READ_ERRORS as error:

@@ -158,10 +158,7 @@ class HFTokenizer(Tokenizer):
     def rest(self) -> None:
         """See ``Tokenizer.rest``."""
         self.__dict__.pop("_model", None)
-        with contextlib.suppress(
-            OSError, AttributeError
-        ):  # the C library keeps freed memory for itself unless asked, and not all can be asked
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back_memory()
 
     def _described(self) -> dict[str, Any]:
         path = self.path.with_name("tokenizer_config.json")
@@ -190,6 +187,12 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def give_back_memory() -> None:
+    """Gives freed memory back to the system. The C library keeps it unless asked, and not every one can be asked."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _all_ids(description: dict[str, Any]) -> dict[str, int]:

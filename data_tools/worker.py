@@ -20,9 +20,9 @@ from data_tools.pool import Report
 from data_tools.readers import Problem, read_part
 from data_tools.sources import Task
 from data_tools.storage import write_whole
-from data_tools.tokenizers import Tokenizer, load_tokenizer
+from data_tools.tokenizers import Tokenizer, give_back_memory, load_tokenizer
 
-BATCH_BYTES = 1 << 20
+BATCH_BYTES, LARGE_BATCH_BYTES = 1 << 20, 8 << 20  # a batch is larger than the first where one document is
 PROBLEMS_KEPT = 20
 
 
@@ -113,6 +113,7 @@ def warm_up(options: Options) -> None:
     opened = _Opened(options.tokenizer)
     opened.encoder(FAST[opened.tokenizer.kind][0] if options.encoder == "auto" else options.encoder)
     _warm.append(opened)
+    give_back_memory()
 
 
 def _opened(options: Options) -> _Opened:
@@ -256,6 +257,8 @@ class _Task:
         progressed = min(size, self.size_left)  # of the input, which may be compressed or hold more than text
         self.size_left -= progressed
         self.report(Step(progressed, len(texts), len(tokens)))
+        if size > LARGE_BATCH_BYTES:
+            give_back_memory()
 
 
 def _control(token: int | None, wanted: bool) -> np.ndarray:

@@ -58,17 +58,21 @@ class LazyGroup(TyperGroup):
 app = typer.Typer(cls=LazyGroup, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mamba-pretrain {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+    # A callback, as the command itself is looked for before this function's body runs.
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
 ) -> None:
     """Pretrain Mamba language models, from one CPU to a multi-node Slurm cluster.
 
     Start with `mamba-pretrain quickstart`, or `mamba-pretrain train configs/quickstart.yaml`. Text becomes token shards with `mamba-data`.
     """
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from mamba_pretrain import __version__
 from mamba_pretrain.cli import COMMANDS
 
 
@@ -16,6 +17,12 @@ def test_help_lists_every_command_and_imports_no_torch():
     assert result.stdout.splitlines()[-1] == "False"
     for command in COMMANDS:
         assert command in result.stdout
+
+
+def test_version_is_printed_without_torch():
+    code = "import sys; from mamba_pretrain.cli import app; app(args=['--version'], standalone_mode=False); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [f"mamba-pretrain {__version__}", "False"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -15,7 +15,8 @@ from torch import Tensor
 from mamba_pretrain.ops import nvrtc, registry
 from mamba_pretrain.ops.causal_conv1d import final_inputs, inputs_before
 from mamba_pretrain.ops.common import document_numbers
-from mamba_pretrain.ops.cuda_scan_kernels import SCALAR_TYPES, Rows, fields, pointer, rows, struct, whole_vectors
+from mamba_pretrain.ops.cuda_scan_kernels import SCALAR_TYPES, whole_vectors
+from mamba_pretrain.ops.kernel_arguments import Rows, fields, pointer, rows, struct
 
 MAX_TAPS = 8
 STRIP = 64  # steps that a thread follows, as in conv.cuh

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mamba_pretrain.ops import cuda_scan_kernels as kernels
 from mamba_pretrain.ops import nvrtc, registry
+from mamba_pretrain.ops.kernel_arguments import adjacent
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? seq_idx"
 
@@ -65,13 +66,8 @@ def selective_scan(
     return (y, final) if return_final_state else y
 
 
-def _adjacent(t: Any) -> Any:
-    """A tensor (or None) with adjacent channels; a copy only if they are not."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
 def _operands(u, delta, A, B, C, D, z, delta_bias, seq_idx) -> kernels.Operands:  # type: ignore[no-untyped-def]
-    u, delta, B, C, z = map(_adjacent, (u, delta, B, C, z))
+    u, delta, B, C, z = map(adjacent, (u, delta, B, C, z))
     A, D, delta_bias, seq_idx = (None if t is None else t.contiguous() for t in (A, D, delta_bias, seq_idx))
     return kernels.Operands(u, delta, A, B, C, D, z, delta_bias, seq_idx)
 
@@ -101,7 +97,7 @@ def backward(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, seq_idx, checkpoin
     with torch.cuda.device(u.device):
         ops = _operands(u, delta, A, B, C, D, z, delta_bias, seq_idx)
         dfinal = None if dfinal is None else dfinal.contiguous()
-        return kernels.backward(ops, _adjacent(dy), dfinal, checkpoints).in_order()
+        return kernels.backward(ops, adjacent(dy), dfinal, checkpoints).in_order()
 
 
 @forward.register_fake

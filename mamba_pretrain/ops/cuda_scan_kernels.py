@@ -9,12 +9,12 @@ import ctypes
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mamba_pretrain.ops import nvrtc
+from mamba_pretrain.ops.kernel_arguments import Rows, fields, pointer, rows, struct
 
 STATES = (8, 16, 32, 64)
 TILE = 16  # steps between checkpoints, as in scan.cuh
@@ -89,26 +89,10 @@ def shape(kernel: str, device: int, dtype: torch.dtype, batch: int, length: int,
 # -- argument structs, as in the sources --------------------------------------------------------------------------------------------------
 
 
-class Rows(ctypes.Structure):
-    """A (batch, length, channels) tensor with adjacent channels."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("batch_stride", ctypes.c_longlong), ("row_bytes", ctypes.c_int))
-
-
 class Segments(ctypes.Structure):
     """How the length is cut."""
 
     _fields_ = (("count", ctypes.c_int), ("length", ctypes.c_int))
-
-
-def struct(name: str, **fields: type) -> Any:
-    """A ctypes struct with these fields, in order."""
-    return type(name, (ctypes.Structure,), {"_fields_": tuple(fields.items())})
-
-
-def fields(names: str, kind: type) -> dict[str, type]:
-    """Fields of one type."""
-    return dict.fromkeys(names.split(), kind)
 
 
 _GEOMETRY = {**fields("length channels", ctypes.c_int), "segments": Segments}
@@ -135,18 +119,6 @@ ReduceParams = struct(
     **fields("dBC dB dC dA_parts dD_parts dbias_parts dA dD dbias", ctypes.c_void_p),
     **fields("batch blocks length rows channels bc_grid", ctypes.c_int),
 )
-
-
-def rows(tensor: Tensor | None) -> Rows:
-    """A tensor as the kernels address it; nothing if it is absent."""
-    if tensor is None:
-        return Rows()
-    return Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1) * tensor.element_size())
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """Where a tensor begins; null if it is absent."""
-    return None if tensor is None else tensor.data_ptr()
 
 
 # -- operands -----------------------------------------------------------------------------------------------------------------------------

@@ -35,37 +35,38 @@ def linear_flops(tokens: int, n_in: int, n_out: int) -> int:
     return 2 * tokens * n_in * n_out
 
 
-for _module in ("causal_conv1d", "cross_entropy", "cuda_scan", "cuda_conv", "selective_scan_reference", "ssd_scan_reference"):
+for _module in (
+    "causal_conv1d",
+    "cross_entropy",
+    "c_scan",
+    "c_conv",
+    "c_ssd",
+    "cuda_scan",
+    "cuda_conv",
+    "selective_scan_reference",
+    "ssd_scan_reference",
+):
     importlib.import_module(f"mamba_pretrain.ops.{_module}")  # defines the operators named below
 _ops = torch.ops.mamba_pretrain
 
 
-@register_flop_formula(_ops.selective_scan_forward)
+@register_flop_formula([_ops.selective_scan_forward, _ops.c_scan_forward, _ops.cuda_scan_forward])
 def _(u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return selective_scan_flops(u[0] * u[1], u[2], A[1])
 
 
-@register_flop_formula(_ops.selective_scan_backward)
+@register_flop_formula([_ops.selective_scan_backward, _ops.c_scan_backward, _ops.cuda_scan_backward])
 def _(dy: Any, dfinal: Any, u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * selective_scan_flops(u[0] * u[1], u[2], A[1])
 
 
-@register_flop_formula(_ops.cuda_scan_forward)
-def _(u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return selective_scan_flops(u[0] * u[1], u[2], A[1])
-
-
-@register_flop_formula(_ops.cuda_scan_backward)
-def _(dy: Any, dfinal: Any, u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 2 * selective_scan_flops(u[0] * u[1], u[2], A[1])
-
-
-@register_flop_formula(_ops.ssd_scan_forward)
+# Their last arguments are the chunk size and the two limits of dt.
+@register_flop_formula([_ops.ssd_scan_forward, _ops.c_ssd_forward])
 def _(x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return ssd_scan_flops(x[0] * x[1], x[1], args[-3], x[2], x[3], B[2], B[3])
 
 
-@register_flop_formula(_ops.ssd_scan_backward)
+@register_flop_formula([_ops.ssd_scan_backward, _ops.c_ssd_backward])
 def _(dy: Any, dfinal: Any, x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * ssd_scan_flops(x[0] * x[1], x[1], args[-3], x[2], x[3], B[2], B[3])
 
@@ -80,12 +81,13 @@ def _(dy: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs:
     return 2 * causal_conv1d_flops(x[0] * x[1], x[2], weight[1])
 
 
-@register_flop_formula(_ops.cuda_conv1d_forward)
+# Kernels take the weight as (taps, channels).
+@register_flop_formula([_ops.c_conv1d_forward, _ops.cuda_conv1d_forward])
 def _(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return causal_conv1d_flops(x[0] * x[1], x[2], weight[0])
 
 
-@register_flop_formula(_ops.cuda_conv1d_backward)
+@register_flop_formula([_ops.c_conv1d_backward, _ops.cuda_conv1d_backward])
 def _(dy: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * causal_conv1d_flops(x[0] * x[1], x[2], weight[0])
 

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from data_tools.errors import UserError
+from mamba_pretrain.ops.kernel_cache import VARIABLE, cache_folder
 
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cuda_src"
-CACHE_VARIABLE = "MAMBA_PRETRAIN_KERNEL_CACHE"
 OPTIONS = ("--std=c++17", "--ftz=true", "--fmad=true", "--device-as-default-execution-space", f"--include-path={SOURCES}")
 
 Macros = Mapping[str, int]
@@ -56,13 +56,6 @@ def unavailable() -> str | None:
 def compiler_version() -> tuple[int, int]:
     """Version of NVRTC."""
     return _call("nvrtc", "nvrtcVersion")
-
-
-def cache_folder() -> Path:
-    """Where machine code is kept."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mamba_pretrain" / "kernels"
 
 
 def cubin(file: str, macros: Macros, arch: str) -> bytes:
@@ -108,7 +101,7 @@ def _write(entry: Path, code: bytes) -> None:
             file.write(hashlib.sha256(code).digest() + code)
         os.replace(file.name, entry)
     except OSError as error:
-        log.warning("compiled kernels cannot be kept in %s (%s); set %s to a writable folder", entry.parent, error, CACHE_VARIABLE)
+        log.warning("compiled kernels cannot be kept in %s (%s); set %s to a writable folder", entry.parent, error, VARIABLE)
 
 
 def _compile(file: str, macros: Macros, arch: str) -> bytes:

@@ -34,6 +34,9 @@ PROVIDERS = (
     "triton_norm",
     "cuda_scan",
     "cuda_conv",
+    "c_scan",
+    "c_conv",
+    "c_ssd",
     "flops",
 )
 

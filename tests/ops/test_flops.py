@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,10 +23,11 @@ def count(function, *tensors: torch.Tensor) -> tuple[int, int]:
     return forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
 
 
-def test_counts():
+@pytest.mark.parametrize("implementation", ["reference", "c"])
+def test_counts(implementation):
     b, l, d, n, h, p, g = 2, 30, 8, 4, 3, 5, 1
     R = torch.randn
-    with registry.using(selective_scan="reference", ssd_scan="reference", causal_conv1d="reference"):
+    with registry.using(**dict.fromkeys(("selective_scan", "ssd_scan", "causal_conv1d"), implementation)):
         expected = flops.selective_scan_flops(b * l, d, n)
         assert count(selective_scan, R(b, l, d), R(b, l, d), -torch.rand(d, n), R(b, l, n), R(b, l, n)) == (expected, 3 * expected)
         assert expected == 9 * b * l * d * n

@@ -10,6 +10,7 @@ import pytest
 
 from data_tools.errors import UserError
 from mamba_pretrain.ops import nvrtc
+from mamba_pretrain.ops.kernel_cache import VARIABLE
 
 pytestmark = pytest.mark.skipif(nvrtc.unavailable() is not None, reason=f"{nvrtc.unavailable()}")
 
@@ -37,7 +38,7 @@ SMALL = "scan_join.cu"
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """An empty cache."""
-    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "kernels"))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "kernels"))
     return tmp_path / "kernels"
 
 
@@ -120,10 +121,10 @@ def test_many_processes_at_once_leave_one_whole_entry(folder, no_compiler):
 
 def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "file" / "kernels"))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "file" / "kernels"))
     with caplog.at_level(logging.WARNING):
         assert nvrtc.cubin(SMALL, USUAL, "sm_90")
-    assert nvrtc.CACHE_VARIABLE in caplog.text
+    assert VARIABLE in caplog.text
 
 
 def test_an_error_shows_the_compilers_words():

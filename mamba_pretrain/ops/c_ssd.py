@@ -1,0 +1,161 @@
+"""Mamba-2's scan on CPUs by a C kernel of our own: custom operators with gradients, and their registration.
+
+The recurrence itself instead of matmuls over chunks; results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_pretrain.ops import cc, registry
+from mamba_pretrain.ops.common import document_starts
+from mamba_pretrain.ops.kernel_arguments import Rows, adjacent, fields, pointer, rows, struct
+
+# As in the source.
+SOURCE = "ssd_scan"
+KEEP = 64  # steps between kept states
+TASK_HEADS = 4
+BLOCK = 64  # channels of a head that are handled together
+
+Params = struct(
+    "Params",
+    **fields("x dt z B C dy", Rows),
+    **fields("A D bias starts initial dfinal y final checkpoints dx ddt dz dA dD dbias dB dC dinitial", ctypes.c_void_p),
+    **fields("length heads headdim groups states", ctypes.c_int64),
+    **fields("dt_min dt_max", ctypes.c_float),
+)
+
+_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? starts"
+_LIMITS = "float dt_min, float dt_max"
+
+
+def unsupported(request: registry.Request) -> str | None:
+    """Why this kernel cannot serve."""
+    return cc.unsupported(request) or cc.unavailable(SOURCE)
+
+
+@registry.register("ssd_scan", "c", priority=10, unsupported=unsupported)
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    chunk_size: int,
+    dt_limit: tuple[float, float],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Computes in fp32 whatever the inputs are stored in; y has x's dtype. ``chunk_size`` changes nothing here."""
+    inputs = [None if t is None else t.float() for t in (x, dt, A, B, C, D, z, dt_bias)]
+    initial = None if initial_state is None else initial_state.float()
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, initial))
+    y, final, _ = forward(*inputs, document_starts(seq_idx), initial, save, chunk_size, *dt_limit)
+    y = y.to(x.dtype)
+    return (y, final) if return_final_state else y
+
+
+def _parts(x: Tensor, B: Tensor) -> int:
+    """Tasks of one group of heads."""
+    return -(-(x.shape[2] // B.shape[2]) // TASK_HEADS)
+
+
+def _run(function: str, inputs: tuple[Tensor | None, ...], limits: tuple[float, float], **others: Tensor | None) -> None:
+    x, dt, A, B, C, D, z, bias, starts = inputs
+    assert x is not None
+    assert B is not None
+    (batch, length, heads, headdim), (groups, states) = x.shape, B.shape[2:]
+    wide = {"x": x, "z": z, "B": B, "C": C, "dy": others.pop("dy", None)}
+    strided = {k: None if t is None else adjacent(t.flatten(2)) for k, t in wide.items()}
+    flat = {"A": A, "D": D, "bias": bias, "starts": starts, **others}
+    whole = {k: None if t is None else t.contiguous() for k, t in flat.items()}  # held until the call is over
+    sizes = {"length": length, "heads": heads, "headdim": headdim, "groups": groups, "states": states}
+    views = {k: rows(t) for k, t in {**strided, "dt": adjacent(dt)}.items()}
+    params = Params(**views, **{k: pointer(t) for k, t in whole.items()}, **sizes, dt_min=limits[0], dt_max=limits[1])
+    cc.run(SOURCE, function, params, batch * groups * _parts(x, B))
+
+
+def _outputs(x: Tensor, B: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (batch, length, heads, headdim), states = x.shape, B.shape[3]
+    kept = (batch, -(-length // KEEP), heads, -(-headdim // BLOCK), states, BLOCK)
+    return x.new_empty(x.shape), x.new_empty(batch, heads, headdim, states), x.new_empty(kept if save else (0,))
+
+
+@torch.library.custom_op(
+    "mamba_pretrain::c_ssd_forward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({_INPUTS}, Tensor? initial_state, bool save, int chunk_size, {_LIMITS}) -> (Tensor, Tensor, Tensor)",
+)
+def forward(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, save, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+    """y (b, l, h, p), the final state (b, h, p, n) and, if ``save``, the states that the backward pass starts from.
+
+    ``chunk_size`` is there for who counts the FLOPs of the model's own algorithm.
+    """
+    y, final, checkpoints = _outputs(x, B, save)
+    inputs, outputs = (x, dt, A, B, C, D, z, dt_bias, starts), {"y": y, "final": final, "checkpoints": checkpoints if save else None}
+    _run("ssd_scan_forward", inputs, (dt_min, dt_max), initial=initial_state, **outputs)
+    return y, final, checkpoints
+
+
+@torch.library.custom_op(
+    "mamba_pretrain::c_ssd_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor checkpoints, int chunk_size, {_LIMITS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, checkpoints, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+    """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state); that of an absent z is empty, of others without meaning."""
+    (batch, length, heads, headdim), (groups, states), new = x.shape, B.shape[2:], x.new_empty
+    found = {"dx": new(x.shape), "ddt": new(dt.shape), "dz": new(x.shape if z is not None else 0)}
+    parts = {name: new(batch, heads) for name in ("dA", "dD", "dbias")}
+    by_task = {name: new(batch, groups, _parts(x, B), length, states) for name in ("dB", "dC")}
+    dinitial = new(batch, heads, headdim, states)
+    inputs, outputs = (x, dt, A, B, C, D, z, dt_bias, starts), {**found, **parts, **by_task, "dinitial": dinitial}
+    _run("ssd_scan_backward", inputs, (dt_min, dt_max), dy=dy, dfinal=dfinal, checkpoints=checkpoints, **outputs)
+    dA, dD, dbias = (part.sum(0) for part in parts.values())
+    dB, dC = (part.sum(2).transpose(1, 2).contiguous() for part in by_task.values())
+    return found["dx"], found["ddt"], dA, dB, dC, dD, found["dz"], dbias, dinitial
+
+
+@forward.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, save, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+    return _outputs(x, B, save)
+
+
+@backward.register_fake
+def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, checkpoints, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+    (batch, _, heads, headdim), new = x.shape, x.new_empty
+    dz = new(x.shape if z is not None else 0)
+    per_head = [new(heads) for _ in range(3)]
+    dinitial = new(batch, heads, headdim, B.shape[3])
+    return new(x.shape), new(dt.shape), per_head[0], new(B.shape), new(C.shape), per_head[1], dz, per_head[2], dinitial
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, initial_state, _, chunk_size, dt_min, dt_max = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.has_initial = initial_state is not None
+    ctx.options = chunk_size, dt_min, dt_max
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    *inputs, checkpoints = ctx.saved_tensors
+    found = backward(torch.zeros_like(inputs[0]) if dy is None else dy, dfinal, *inputs, checkpoints, *ctx.options)
+    present = [*(t is not None for t in inputs[:8]), ctx.has_initial]
+    *gradients, dinitial = (g if there else None for g, there in zip(found, present, strict=True))
+    return *gradients, None, dinitial, None, None, None, None
+
+
+forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -198,7 +198,7 @@ def measure(name: str, setting: Setting, steps: int, loss_steps: int) -> dict[st
 def compare(name: str, peers: list[str], steps: int, loss_steps: int, batch: int | None, length: int) -> dict[str, Any]:
     """All implementations at one setting."""
     from mamba_pretrain.config import load_config
-    from mamba_pretrain.models.flops import describe
+    from mamba_pretrain.models.model_flops import describe
     from mamba_pretrain.monitor.throughput import peak_flops
 
     path, default_batch = MODELS[name]

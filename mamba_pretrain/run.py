@@ -16,7 +16,7 @@ from mamba_pretrain.checkpoint.reading import Checkpoint, open_checkpoint
 from mamba_pretrain.checkpoint.store import CheckpointStore
 from mamba_pretrain.config import RunConfig
 from mamba_pretrain.data.loader import TrainingData, validation_batches, validation_names
-from mamba_pretrain.models import flops
+from mamba_pretrain.models import model_flops
 from mamba_pretrain.models.generation import continue_texts
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.monitor.compute_clock import ComputeClock
@@ -266,5 +266,5 @@ def build_throughput(config: RunConfig, model: LanguageModel, topology: Topology
     peak = config.monitor.peak_tflops * 1e12 if config.monitor.peak_tflops else None
     if peak is None and device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(device))
-    per_token = flops.training_flops_per_token(model, config.data.sequence_length)
+    per_token = model_flops.training_flops_per_token(model, config.data.sequence_length)
     return Throughput(per_token, model.n_parameters(), topology.world_size, device.type, peak, config.monitor.log_every)

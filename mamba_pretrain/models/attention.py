@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba_pretrain.models import flops
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, State
+from mamba_pretrain.models.model_flops import attention_flops
 from mamba_pretrain.models.modules import Policies, projection_policy
+from mamba_pretrain.ops.flops import linear_flops
 
 
 class Attention(Mixer):
@@ -64,8 +65,8 @@ class Attention(Mixer):
 
     def flops_per_token(self, length: int) -> float:
         """See ``Mixer.flops_per_token``."""
-        projections = sum(flops.linear_flops(p.in_features, p.out_features) for p in (self.qkv_proj, self.out_proj))
-        return projections + flops.attention_flops(length, self.n_head, self.headdim)
+        projections = sum(linear_flops(1, p.in_features, p.out_features) for p in (self.qkv_proj, self.out_proj))
+        return projections + attention_flops(length, self.n_head, self.headdim)
 
     def new_state(self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype) -> State:
         """See ``Mixer.new_state``: keys and values of ``max_length`` tokens, and how many of them are filled."""

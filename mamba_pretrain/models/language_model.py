@@ -73,8 +73,8 @@ class LanguageModel(nn.Module):
         return sum(torch.Size(shape).numel() for shape in self.parameter_shapes.values())
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs of the forward pass per token; see ``flops.py`` for training and for 6N."""
-        from mamba_pretrain.models.flops import forward_flops_per_token
+        """FLOPs of the forward pass per token; see ``model_flops.py`` for training and for 6N."""
+        from mamba_pretrain.models.model_flops import forward_flops_per_token
 
         return forward_flops_per_token(self, length)
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba_pretrain.models import flops, init
+from mamba_pretrain.models import init
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, ParameterPolicy, State
 from mamba_pretrain.models.modules import CausalConv1d, Policies, prefixed, projection_policy
 from mamba_pretrain.models.step import selective_step
+from mamba_pretrain.ops import flops
 from mamba_pretrain.ops.selective_scan import selective_scan
 
 
@@ -83,9 +84,9 @@ class Mamba1(Mixer):
         """See ``Mixer.flops_per_token``; the recurrence costs the same at every length."""
         projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
         return (
-            sum(flops.linear_flops(p.in_features, p.out_features) for p in projections)
-            + flops.conv_flops(self.config.d_inner, self.config.d_conv)
-            + flops.selective_scan_flops(self.config.d_inner, self.config.d_state)
+            sum(flops.linear_flops(1, p.in_features, p.out_features) for p in projections)
+            + flops.causal_conv1d_flops(1, self.config.d_inner, self.config.d_conv)
+            + flops.selective_scan_flops(1, self.config.d_inner, self.config.d_state)
         )
 
     def new_state(self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype) -> State:

@@ -8,12 +8,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mamba_pretrain.models import flops, init
+from mamba_pretrain.models import init
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, ParameterPolicy, State
 from mamba_pretrain.models.modules import CausalConv1d, GatedRMSNorm, Policies, prefixed, projection_policy
 from mamba_pretrain.models.step import ssd_step
+from mamba_pretrain.ops import flops
 from mamba_pretrain.ops.ssd_scan import ssd_scan
 
 
@@ -78,9 +79,9 @@ class Mamba2(Mixer):
         """See ``Mixer.flops_per_token``."""
         c = self.config
         return (
-            sum(flops.linear_flops(p.in_features, p.out_features) for p in (self.in_proj, self.out_proj))
-            + flops.conv_flops(self.conv_dim, c.d_conv)
-            + flops.ssd_flops(length, c.chunk_size, c.n_ssm_head, c.headdim, c.ngroups, c.d_state)
+            sum(flops.linear_flops(1, p.in_features, p.out_features) for p in (self.in_proj, self.out_proj))
+            + flops.causal_conv1d_flops(1, self.conv_dim, c.d_conv)
+            + flops.ssd_scan_flops(1, length, c.chunk_size, c.n_ssm_head, c.headdim, c.ngroups, c.d_state)
         )
 
     def new_state(self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype) -> State:

@@ -7,9 +7,9 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba_pretrain.models import flops
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.modules import Policies, projection_policy
+from mamba_pretrain.ops.flops import linear_flops
 
 
 class GatedMLP(nn.Module):
@@ -33,4 +33,4 @@ class GatedMLP(nn.Module):
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of the forward pass per token."""
-        return sum(flops.linear_flops(p.in_features, p.out_features) for p in (self.gate_up_proj, self.down_proj))
+        return sum(linear_flops(1, p.in_features, p.out_features) for p in (self.gate_up_proj, self.down_proj))

@@ -44,7 +44,7 @@ def export_pretrained(
     prepared = _translated(state, config, format, dtype)
     out.mkdir(parents=True, exist_ok=True)
     if tokenizer_dir is not None:
-        from mamba_pretrain.models.tokenizer_export import export_tokenizer
+        from data_tools.tokenizer_export import export_tokenizer
 
         tokens = export_tokenizer(tokenizer_dir, out)
     writers[format](prepared, config, tokens, out, max_shard_size)

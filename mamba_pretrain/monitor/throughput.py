@@ -60,7 +60,7 @@ class Throughput:
     def __init__(
         self, flops_per_token: float, n_parameters: int, world_size: int, device_type: str, peak: float | None, window: int = 10
     ) -> None:
-        """``flops_per_token``: model FLOPs, forward and backward (models/flops.py). ``peak``: FLOP/s of one device, see ``peak_flops``."""
+        """``flops_per_token``: model FLOPs, forward and backward (models/model_flops.py). ``peak``: FLOP/s of one device, see ``peak_flops``."""
         self._flops_per_token = flops_per_token
         self._n_parameters = n_parameters
         self._total_peak = peak * world_size if peak else None

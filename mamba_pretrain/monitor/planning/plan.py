@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_tools.errors import UserError
-from mamba_pretrain.models import flops
+from mamba_pretrain.models import model_flops
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.monitor import run_folder
@@ -104,7 +104,7 @@ class Planner:
         self.batch_samples = train.global_batch_size or max(1, round((train.global_batch_tokens or 0) / self.length))
         batch_tokens = self.batch_samples * self.length
         self.steps = train.steps or -(-(train.tokens or 0) // batch_tokens)
-        self.training_flops = flops.training_flops_per_token(self.model, self.length)
+        self.training_flops = model_flops.training_flops_per_token(self.model, self.length)
         self.compute = torch.bfloat16 if config.precision.compute == "bf16" else None
         self.speed = speed.expected_speed(config.model, self.training_flops, _flops_of_measured, machine.device)
 
@@ -188,9 +188,9 @@ def make_plan(config: RunConfig, machine: Machine, alternatives: bool = True) ->
         parameters=planner.shape.total,
         parameters_by_kind=memory.parameters_by_kind(planner.model),
         flops_per_token={
-            "forward": flops.forward_flops_per_token(planner.model, planner.length),
+            "forward": model_flops.forward_flops_per_token(planner.model, planner.length),
             "training": planner.training_flops,
-            "six_n": flops.six_n_per_token(planner.model),
+            "six_n": model_flops.six_n_per_token(planner.model),
         },
         batch_tokens=planner.batch_samples * planner.length,
         steps=planner.steps,
@@ -218,7 +218,7 @@ def _flops_of_measured(mixer: str, n_layer: int, d_model: int) -> float:
     """Training FLOPs per token of a published size at length 2048, which the measured figures belong to."""
     vocabulary = 50277
     config = ModelConfig(mixer=mixer, n_layer=n_layer, d_model=d_model, vocab_size=vocabulary)  # type: ignore[arg-type]
-    return flops.describe(config, 2048)["training"]
+    return model_flops.describe(config, 2048)["training"]
 
 
 def _memory_dict(used: memory.Memory, machine: Machine) -> dict[str, Any]:

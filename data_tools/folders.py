@@ -38,6 +38,14 @@ def check_free(out: Path, overwrite: bool, what: str = "--output") -> None:
         raise UserError(f"{out} already holds a dataset; choose another {what} or pass --overwrite")
 
 
+def check_empty(out: Path, overwrite: bool) -> None:
+    """Raises UserError unless files may be written into ``out``."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --output")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out} already holds files; choose another --output or pass --overwrite")
+
+
 def make(folder: Path) -> None:
     """Makes a folder. Raises UserError where the system refuses."""
     try:

@@ -38,10 +38,7 @@ def train_tokenizer(
     """
     import sentencepiece
 
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; choose another --output")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} already holds files; choose another --output or pass --overwrite")
+    folders.check_empty(out, overwrite)
     texts, held_out = _sample(tasks, text_key, sample_bytes, seed)
     if not texts:
         sources = ", ".join(sorted({part.path for task in tasks for part in task})[:3])

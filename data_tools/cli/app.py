@@ -8,6 +8,7 @@ from data_tools.cli import change, look, make
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False)
 app.command("train-tokenizer", rich_help_panel="Make")(make.train_tokenizer)
+app.command("export-tokenizer", rich_help_panel="Make")(make.export_tokenizer)
 app.command("tokenize", rich_help_panel="Make")(make.tokenize)
 app.command("import", rich_help_panel="Make")(make.import_)
 app.command("inspect", rich_help_panel="Look")(look.inspect)

@@ -74,6 +74,23 @@ def train_tokenizer(
     )
 
 
+def export_tokenizer(
+    tokenizer: Path = typer.Argument(help="Folder or file: SentencePiece tokenizer.model or Hugging Face tokenizer.json"),
+    output: Path = typer.Option(..., help="Folder to write"),
+    overwrite: bool = typer.Option(False, help="Write into --output even if it holds files"),
+) -> None:
+    """Write a tokenizer as files that transformers' `AutoTokenizer` loads, with the same ids. `mamba-pretrain export` does so with a model.
+
+    Example: `mamba-data export-tokenizer tokenizer --output tokenizer-hf`
+    """
+    from data_tools.folders import check_empty
+    from data_tools.tokenizer_export import export_tokenizer as run
+
+    check_empty(output, overwrite)
+    ends = run(tokenizer, output)
+    typer.echo(f"wrote {output}: AutoTokenizer.from_pretrained({str(output)!r}) gives the same ids; end of document {ends['eos_token_id']}")
+
+
 def tokenize(
     text: list[str] = TEXT,
     tokenizer: str = typer.Option(..., help="Folder or file: SentencePiece tokenizer.model or Hugging Face tokenizer.json"),

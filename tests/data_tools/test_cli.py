@@ -13,7 +13,7 @@ from data_tools.cli.app import app
 from data_tools.manifest import Manifest
 from data_tools.tokenizers import load_tokenizer
 
-COMMANDS = ["train-tokenizer", "tokenize", "import", "inspect", "stats", "verify", "merge", "split"]
+COMMANDS = ["train-tokenizer", "export-tokenizer", "tokenize", "import", "inspect", "stats", "verify", "merge", "split"]
 
 
 def test_help_imports_nothing_heavy():

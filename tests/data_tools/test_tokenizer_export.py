@@ -5,14 +5,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import torch
 
 from data_tools.errors import UserError
+from data_tools.sentencepiece_export import read_proto, to_tokenizers
+from data_tools.tokenizer_export import export_tokenizer
 from data_tools.tokenizers import load_tokenizer
-from mamba_pretrain.models.generation import continue_texts, generate
-from mamba_pretrain.models.pretrained import export_pretrained
-from mamba_pretrain.models.sentencepiece_export import read_proto, to_tokenizers
-from mamba_pretrain.models.tokenizer_export import export_tokenizer
 
 transformers = pytest.importorskip("transformers")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -132,17 +129,12 @@ def test_a_configured_tokenizer_is_copied(tmp_path):
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == (source / "tokenizer_config.json").read_text()
 
 
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-def test_the_whole_folder_generates_the_same_text_in_transformers(kind, small_config, randomized, tmp_path):
-    source = train(tmp_path / "source", "bpe", **PLAIN)
-    model = randomized(small_config(kind, vocab_size=600))
-    export_pretrained(model.state_dict(), model.config, source, tmp_path / "out")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tokenizer.eos_token_id == 2
-    prompt = tokenizer("def main(", return_tensors="pt")
-    output = theirs.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
-    ids = prompt["input_ids"][0].tolist()
-    assert generate(model, [ids], 24, eos_id=2)[0] == output[len(ids) :].tolist()
-    text = continue_texts(model.config, model.state_dict(), source, ["def main("], 24)[0]
-    assert "def main(" + text == load_tokenizer(source).decode(output.tolist())
+def test_the_command_exports_and_overwrites_only_when_told(tmp_path, tokenizers, mamba_data, texts):
+    out = tmp_path / "out"
+    assert mamba_data("export-tokenizer", tokenizers["sentencepiece"], "--output", out).code == 0
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(out), load_tokenizer(tokenizers["sentencepiece"])
+    assert all(theirs(text)["input_ids"] == ours.encode(text) for text in texts[:40])
+    again = mamba_data("export-tokenizer", tokenizers["hf"], "--output", out)
+    assert again.code == 2
+    assert "already holds files" in again.err
+    assert mamba_data("export-tokenizer", tokenizers["hf"], "--output", out, "--overwrite").code == 0

@@ -20,6 +20,8 @@ EXPENSIVE = (
     "aten::_scaled_dot_product",
     "mamba_pretrain::selective_scan",
     "mamba_pretrain::ssd_scan",
+    "mamba_pretrain::c_scan",
+    "mamba_pretrain::c_ssd",
     "mamba_pretrain::cuda_scan",
 )
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.ops import registry
 from mamba_pretrain.parallel.recompute import recompute
 
 LAYERS = 2
@@ -40,13 +41,22 @@ def backward_of(mode, **config):
     return count.seen, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("mixer", "scan"), [("mamba1", "selective_scan_forward"), ("mamba2", "ssd_scan_forward")])
-def test_scans_are_kept_and_cheap_operators_repeated(mixer, scan):
+OPERATORS = [
+    ("mamba1", "reference", "selective_scan_forward", "causal_conv1d_forward"),
+    ("mamba1", "c", "c_scan_forward", "c_conv1d_forward"),
+    ("mamba2", "reference", "ssd_scan_forward", "causal_conv1d_forward"),
+    ("mamba2", "c", "c_ssd_forward", "c_conv1d_forward"),
+]
+
+
+@pytest.mark.parametrize(("mixer", "implementation", "scan", "conv"), OPERATORS)
+def test_scans_are_kept_and_cheap_operators_repeated(mixer, implementation, scan, conv):
     seen, gradients = {}, {}
     for mode in ("none", "block", "selective"):
-        seen[mode], gradients[mode] = backward_of(mode, mixer=mixer)
+        with registry.using(**dict.fromkeys(("selective_scan", "ssd_scan", "causal_conv1d"), implementation)):
+            seen[mode], gradients[mode] = backward_of(mode, mixer=mixer)
     assert [seen[mode][f"mamba_pretrain::{scan}"] for mode in seen] == [0, LAYERS, 0]
-    assert [seen[mode]["mamba_pretrain::causal_conv1d_forward"] for mode in seen] == [0, LAYERS, LAYERS]
+    assert [seen[mode][f"mamba_pretrain::{conv}"] for mode in seen] == [0, LAYERS, LAYERS]
     assert seen["selective"]["aten::mm"] == seen["none"]["aten::mm"] < seen["block"]["aten::mm"]
     for mode in ("block", "selective"):
         assert all(torch.equal(gradients[mode][name], gradient) for name, gradient in gradients["none"].items())

@@ -15,7 +15,7 @@ from mamba_pretrain import __version__, exit_codes
 from mamba_pretrain.checkpoint.reading import Checkpoint, open_checkpoint
 from mamba_pretrain.checkpoint.store import CheckpointStore
 from mamba_pretrain.config import RunConfig
-from mamba_pretrain.data.loader import TrainingData, validation_batches, validation_names
+from mamba_pretrain.data.loader import TrainingData, bytes_per_token, validation_batches, validation_names
 from mamba_pretrain.models import model_flops
 from mamba_pretrain.models.generation import continue_texts
 from mamba_pretrain.models.language_model import LanguageModel
@@ -195,7 +195,7 @@ class Training:
             batches = validation_batches(
                 config.data, name, topology.rank, topology.world_size, config.train.micro_batch_size, config.evaluation.max_samples
             )
-            found[name] = evaluate(self.engine, batches), self.data.bytes_per_token(name)
+            found[name] = evaluate(self.engine, batches), bytes_per_token(config.data, name)
         return found
 
     def _generate(self, prompts: list[str]) -> list[str] | None:

@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("mamba_pretrain.cli.inspect", "doctor", "Start"),
     "plan": ("mamba_pretrain.cli.inspect", "plan", "Start"),
     "train": ("mamba_pretrain.cli.train", "train", "Train"),
-    "evaluate": ("mamba_pretrain.cli.model", "evaluate", "Use"),
+    "evaluate": ("mamba_pretrain.cli.evaluate", "evaluate", "Use"),
     "sample": ("mamba_pretrain.cli.model", "sample", "Use"),
     "export": ("mamba_pretrain.cli.model", "export", "Use"),
     "import": ("mamba_pretrain.cli.model", "import_", "Use"),

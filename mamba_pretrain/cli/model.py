@@ -1,4 +1,4 @@
-"""Commands on a trained model: evaluate, sample, export, import, checkpoints, convert."""
+"""Commands on a trained model: sample, export, import, checkpoints, convert."""
 
 from __future__ import annotations
 
@@ -52,34 +52,9 @@ def sample(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     trained = open_trained(run, step)
-    texts = continue_texts(trained.config.model, trained.weights, trained.tokenizer_dir, prompt, max_new_tokens, sampling, _device(device))
+    texts = continue_texts(trained.config.model, trained.weights, trained.tokenizer_dir, prompt, max_new_tokens, sampling, device_name(device))
     for start, text in zip(prompt, texts, strict=True):
         typer.echo(typer.style(start, bold=True) + text)
-
-
-def evaluate(
-    run: Path = RUN,
-    data: Path | None = typer.Option(None, help="Dataset folder; default: those the run was trained on"),
-    step: int | None = STEP,
-    batch_size: int = typer.Option(8, min=1, help="Sequences at once"),
-    max_samples: int | None = typer.Option(None, min=1, help="Sequences per dataset; default: the whole validation split"),
-    unigram: bool = typer.Option(False, help="Compare with a unigram model of the training tokens"),
-    device: str = DEVICE,
-) -> None:
-    """Validation loss, perplexity and bits per byte of a run's model, per dataset.
-
-    Example: `mamba-pretrain evaluate runs/quickstart --unigram`
-    """
-    from mamba_pretrain.trained import open_trained, score_datasets
-
-    trained = open_trained(run, step)
-    for score in score_datasets(trained, data, batch_size, max_samples, _device(device), unigram):
-        bits = "" if score.bits_per_byte is None else f"  {score.bits_per_byte:.4f} bits/byte"
-        typer.echo(f"{score.name}: loss {score.loss:.4f} nats/token  perplexity {score.perplexity:.3f}{bits}  ({score.n_tokens:,} tokens)")
-        if score.unigram is not None:
-            typer.echo(
-                f"{score.name}: a unigram model has {score.unigram:.4f}; the model is {score.unigram - score.loss:.4f} nats under it"
-            )
 
 
 def export(
@@ -192,7 +167,8 @@ def convert(
     typer.echo(f"wrote {output} ({len(trained.weights)} tensors, step {trained.step})")
 
 
-def _device(name: str) -> str:
+def device_name(name: str) -> str:
+    """What ``--device`` means on this machine. Raises UserError for a device that is not there."""
     import torch
 
     if name == "auto":

@@ -73,12 +73,6 @@ class TrainingData:
         cursors = self._blend.cursors_at(self._next_sample)
         return {source.name: cursors.get(source.key, 0) for source in self._sampler.sources}
 
-    def bytes_per_token(self, name: str) -> float | None:
-        """UTF-8 bytes of text per token in the validation split of the source called ``name``; None if the dataset does not record it."""
-        folder = DatasetFolder(find_source(self.config, name).path, self.config.cache_dir)
-        split = folder.manifest.splits.get(self.config.validation_split)
-        return split.text_bytes / split.tokens if split and split.tokens and split.text_bytes else None
-
     def take(self, first_sample: int, n_samples: int) -> list[Batch]:
         """This rank's micro-batches of global samples ``first_sample ... first_sample + n_samples - 1``; reads ahead as many samples after them.
 
@@ -180,6 +174,17 @@ def find_source(config: DataConfig, name: str) -> EvaluatedSource:
         if source.name == name:
             return source
     raise UserError(f"no data source is called {name!r}; there are: {', '.join(source.name for source in config.evaluated_sources)}")
+
+
+def dataset_folder(config: DataConfig, name: str) -> DatasetFolder:
+    """The opened folder of the source called ``name``; UserError if there is none."""
+    return DatasetFolder(find_source(config, name).path, config.cache_dir)
+
+
+def bytes_per_token(config: DataConfig, name: str) -> float | None:
+    """UTF-8 bytes of text per token in the validation split of the source called ``name``; None if the dataset does not record it."""
+    split = dataset_folder(config, name).manifest.splits.get(config.validation_split)
+    return split.text_bytes / split.tokens if split and split.tokens and split.text_bytes else None
 
 
 def validation_batches(

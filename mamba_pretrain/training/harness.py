@@ -26,6 +26,7 @@ except ImportError as error:
     raise UserError("lm-evaluation-harness is not installed; install it with `pip install 'mamba-pretrain[eval]'`") from error
 
 MAX_NEW_TOKENS = 256  # the harness's default where a task does not say
+BOOTSTRAP = 100  # draws for the error of a metric that is no mean
 
 # What the harness scores: (the two texts, tokens of the context, tokens of the continuation).
 TokenRequest = tuple[Any, list[int], list[int]]
@@ -185,14 +186,17 @@ def evaluate_tasks(
     """
     from lm_eval import simple_evaluate
 
-    found = simple_evaluate(
-        HarnessModel(model, tokenizer, batch_size, max_length, device),
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        bootstrap_iters=0,
-        task_manager=_task_manager(tasks, task_folder),
-    )
+    harness_model, manager = HarnessModel(model, tokenizer, batch_size, max_length, device), _task_manager(tasks, task_folder)
+    try:
+        found = simple_evaluate(
+            harness_model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, bootstrap_iters=BOOTSTRAP, task_manager=manager
+        )
+    except OSError as error:  # what `datasets` raises for data that is not there, and without a network
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the data of {', '.join(map(str, tasks))} cannot be read ({reason}); run it once where there is a network, "
+            "or give tasks of local files with --task-folder"
+        ) from error
     return found["results"]
 
 

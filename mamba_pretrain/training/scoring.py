@@ -1,8 +1,7 @@
-"""Finer looks at a validation loss: per token, by the length of the context, in bits per byte."""
+"""Finer looks at a validation loss: per token, by the length of the context."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +17,6 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none").view_as(
         labels
     )
-
-
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """A mean loss in nats per token as bits per byte of text: what compares models with different tokenizers."""
-    return loss / math.log(2) / bytes_per_token
 
 
 @dataclass(frozen=True)

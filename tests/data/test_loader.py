@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data_tools.errors import UserError
 from mamba_pretrain.data.batch import Batch
 from mamba_pretrain.data.config import DataConfig
-from mamba_pretrain.data.loader import TrainingData, validation_batches, validation_names
+from mamba_pretrain.data.loader import TrainingData, bytes_per_token, validation_batches, validation_names
 
 LENGTH = 16
 
@@ -195,7 +195,7 @@ def test_what_it_says_of_itself(sources):
     assert (data.tokenizer_dir / "tokenizer.json").is_file()
     assert data.sequence_length == LENGTH
     assert data.total_samples == {"s4": 19, "s7": 34, "s12": 59}
-    assert data.bytes_per_token("s4") == 3.0
+    assert bytes_per_token(config, "s4") == 3.0
     assert data.fingerprint == TrainingData(configure(sources, (5, 5, 5)), 5).fingerprint != other_seed.fingerprint
     data.take(0, 12)
     assert data.samples_drawn() == {"s4": 2, "s7": 4, "s12": 6}

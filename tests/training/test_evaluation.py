@@ -11,6 +11,7 @@ def test_perplexity_and_bits_per_byte():
     assert result.perplexity == pytest.approx(8.0)
     assert result.bits_per_byte(3.0) == pytest.approx(1.0)
     assert result.bits_per_byte(None) is None
+    assert Evaluation(math.log(256), 1).bits_per_byte(1.0) == pytest.approx(8.0)  # uniform over bytes
     assert Evaluation(loss=1e4, n_tokens=1).perplexity == math.inf
 
 

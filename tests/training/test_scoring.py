@@ -1,8 +1,6 @@
-"""Losses by token, by context and by byte."""
+"""Losses by token and by context."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from mamba_pretrain.models import init
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.language_model import LanguageModel
-from mamba_pretrain.training.scoring import bits_per_byte, position_edges, position_losses, score_by_position, sum_by_position, token_losses
+from mamba_pretrain.training.scoring import position_edges, position_losses, score_by_position, sum_by_position, token_losses
 
 
 def test_token_losses_sum_to_the_cross_entropy():
@@ -22,11 +20,6 @@ def test_token_losses_sum_to_the_cross_entropy():
     assert losses[0, 3] == 0
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     assert losses.sum() == pytest.approx(float(expected))
-
-
-def test_bits_per_byte():
-    assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0)  # uniform over bytes
-    assert bits_per_byte(math.log(65536), 4.0) == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize(("length", "edges"), [(1, [1, 2]), (6, [1, 2, 4, 7]), (8, [1, 2, 4, 8, 9])])

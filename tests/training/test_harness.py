@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install 'mamba-pretrain[eval]')")
+pytest.importorskip("accelerate", reason="the harness's adapter for transformers needs accelerate (pip install 'mamba-pretrain[eval]')")
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance

@@ -122,8 +122,7 @@ class Quickstart:
     def _command(self, command: list[str], threads: bool = False) -> None:
         import os
 
-        shown = ["mamba-data" if part == "data_tools" else part for part in command[2:]] if command[1] == "-m" else command
-        print(f"$ {shlex.join(shown)}", flush=True)
+        print(f"$ {shlex.join(as_typed(command))}", flush=True)
         environment = dict(os.environ)
         if threads:
             # Processes that share a processor's cores must share its threads too.
@@ -131,3 +130,12 @@ class Quickstart:
         code = subprocess.run(command, env=environment, check=False).returncode
         if code:
             raise typer.Exit(code)
+
+
+TYPED = {"data_tools": "mamba-data", "mamba_pretrain": "mamba-pretrain", "torch.distributed.run": "torchrun"}
+
+
+def as_typed(command: list[str]) -> list[str]:
+    """A command of this interpreter as a user would type it: ``python -m data_tools inspect`` is ``mamba-data inspect``."""
+    _, _, module, *rest = command
+    return [TYPED[module], *rest]

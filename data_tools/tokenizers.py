@@ -6,8 +6,6 @@ ids, which would let a document forge its own end.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_tools.errors import UserError
+from data_tools.memory import give_back_memory
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 HF_FILE = "tokenizer.json"
@@ -187,12 +186,6 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer.decode``."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
-
-
-def give_back_memory() -> None:
-    """Gives freed memory back to the system. The C library keeps it unless asked, and not every one can be asked."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _all_ids(description: dict[str, Any]) -> dict[str, int]:

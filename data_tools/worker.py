@@ -16,11 +16,12 @@ from data_tools.encoders import FAST, Encoder, check, choose_encoder, open_encod
 from data_tools.errors import UserError
 from data_tools.indexed import IndexedWriter, best_dtype
 from data_tools.manifest import SPLITS, Shard
+from data_tools.memory import give_back_memory
 from data_tools.pool import Report
 from data_tools.readers import Problem, read_part
 from data_tools.sources import Task
 from data_tools.storage import write_whole
-from data_tools.tokenizers import Tokenizer, give_back_memory, load_tokenizer
+from data_tools.tokenizers import Tokenizer, load_tokenizer
 
 BATCH_BYTES, LARGE_BATCH_BYTES = 1 << 20, 8 << 20  # a batch is larger than the first where one document is
 PROBLEMS_KEPT = 20

@@ -55,8 +55,15 @@ class DataConfig(BaseModel):
     validation_sources: list[EvaluatedSource] = Field(
         default_factory=list, description="datasets to evaluate besides the sources' own validation splits"
     )
-    read_ahead: int = Field(64, ge=1, description="sequences whose bytes are asked of the disk before they are needed")
-    workers: int = Field(1, ge=1, description="background threads that read and assemble batches; the batches do not depend on it")
+    read_ahead: int = Field(
+        256, ge=1, description="sequences that are read as a group; the next group's bytes are asked of the disk before, to keep it busy"
+    )
+    workers: int = Field(
+        1,
+        ge=1,
+        description="background threads that read and assemble batches; one is fastest on local disks, several fetch at once from object storage. "
+        "The batches do not depend on it",
+    )
     cache_dir: str | None = Field(
         None, description="where the small files of datasets behind URLs are kept; empty: ~/.cache/mamba-pretrain/datasets"
     )

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from data_tools.errors import UserError
+from data_tools.memory import keep_freed_memory
 from mamba_pretrain.data.batch import Batch
 from mamba_pretrain.data.blend import BlendSchedule
 from mamba_pretrain.data.config import DataConfig, EvaluatedSource
-from mamba_pretrain.data.sampling import Sampler, Source, padded_batch
+from mamba_pretrain.data.sampling import Expected, Sampler, Source, padded_batch
 from mamba_pretrain.data.storage import DatasetFolder
 
 
@@ -39,6 +40,7 @@ class TrainingData:
         self._sampler = Sampler(config, seed)
         self._blend = BlendSchedule.constant(self._sampler.weights)
         self._next_sample = 0
+        keep_freed_memory()
         self._threads = ThreadPoolExecutor(config.workers, thread_name_prefix="data", initializer=_device_setter())
         self._pending: dict[int, tuple[Future[list[Batch]], int]] = {}  # first sample of a micro-batch -> (group being read, place in it)
         self._pin = torch.cuda.is_available()
@@ -101,17 +103,31 @@ class TrainingData:
         return [start + self._rank * self._micro_batch for start in range(first, end, self._micro_step)]
 
     def _schedule(self, starts: list[int]) -> None:
-        """Has the micro-batches read that are not being read already, in groups large enough to keep a disk busy."""
+        """Has the micro-batches read that are not being read already, in groups large enough to keep a disk busy.
+
+        Each group is announced to the disk before the one before it is read, so that the disk works while that one is assembled.
+        """
         missing = [start for start in starts if start not in self._pending]
         size = max(1, self.config.read_ahead // self._micro_batch)
-        for group in (missing[i : i + size] for i in range(0, len(missing), size)):
-            future = self._threads.submit(self._read, group)
+        groups = [missing[i : i + size] for i in range(0, len(missing), size)]
+        expected = [self._threads.submit(self._expect, group) for group in groups[:1]]
+        for i, group in enumerate(groups):
+            expected += [self._threads.submit(self._expect, following) for following in groups[i + 1 : i + 2]]
+            future = self._threads.submit(self._read, expected[i], group)
             self._pending.update({start: (future, place) for place, start in enumerate(group)})
 
-    def _read(self, starts: list[int]) -> list[Batch]:
-        samples = (np.array(starts)[:, None] + np.arange(self._micro_batch)).reshape(-1)
-        batch = self._sampler.batch(list(self._blend.place(samples)), samples)
-        batches = [batch.rows(slice(begin, begin + self._micro_batch)) for begin in range(0, len(samples), self._micro_batch)]
+    def _samples(self, starts: list[int]) -> np.ndarray:
+        """The samples (m,) of micro-batches that begin at ``starts``."""
+        return (np.array(starts)[:, None] + np.arange(self._micro_batch)).reshape(-1)
+
+    def _expect(self, starts: list[int]) -> list[tuple[np.ndarray, Expected]]:
+        samples = self._samples(starts)
+        return self._sampler.expect(self._blend.place(samples), samples)
+
+    def _read(self, expected: Future[list[tuple[np.ndarray, Expected]]], starts: list[int]) -> list[Batch]:
+        # Threads take what is submitted in turn, so that what is waited for here has begun.
+        batch = self._sampler.read(expected.result(), self._samples(starts))
+        batches = [batch.rows(slice(i * self._micro_batch, (i + 1) * self._micro_batch)) for i in range(len(starts))]
         return [micro_batch.pinned() for micro_batch in batches] if self._pin else batches
 
     def _forget_all_but(self, starts: set[int]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from data_tools.errors import UserError
 from data_tools.indexed import IndexedDataset
 from data_tools.manifest import Shard
-from mamba_pretrain.data.storage import DatasetFolder
+from mamba_pretrain.data.storage import DatasetFolder, Reads
 
 
 class TokenStream:
@@ -22,12 +22,12 @@ class TokenStream:
     several threads.
     """
 
-    def __init__(self, folder: DatasetFolder, split: str, ahead: int = 64) -> None:
+    def __init__(self, folder: DatasetFolder, split: str) -> None:
         """Raises UserError for a split that the dataset lacks and for missing, truncated or mixed shards."""
         self.path = folder.path
         self.split = split
         shards = _shards(folder, split)
-        self.indices, self._storage = folder.open([shard.path for shard in shards], ahead)
+        self.indices, self._storage = folder.open([shard.path for shard in shards])
         for shard, index in zip(shards, self.indices, strict=True):
             if (index.n_tokens, index.dtype) != (shard.tokens, self.indices[0].dtype):
                 raise UserError(
@@ -37,24 +37,32 @@ class TokenStream:
         self.dtype = self.indices[0].dtype
         self._starts = [_DocumentStarts(index) for index in self.indices]
         self._token_base = [0, *accumulate(index.n_tokens for index in self.indices)]
+        self._token_bases = np.array(self._token_base)
         self._document_base = [0, *accumulate(len(starts) for starts in self._starts)]
         self.n_tokens = self._token_base[-1]
         self.n_documents = self._document_base[-1]
 
-    def read(self, first: np.ndarray, buffers: Sequence[memoryview]) -> None:
-        """Fills ``buffers[i]`` (bytes, whole tokens) with the tokens from ``first[i]`` on; a range may reach over several shards."""
-        base, itemsize = self._token_base, self.dtype.itemsize
-        files, offsets, parts = [], [], []
-        for start, buffer in zip(first.tolist(), buffers, strict=True):
-            shard = self._shard(start)
-            while len(buffer):
-                files.append(shard)
-                offsets.append((start - base[shard]) * itemsize)
-                parts.append(buffer[: (base[shard + 1] - start) * itemsize])
-                buffer = buffer[len(parts[-1]) :]
-                shard += 1
-                start = base[shard]
-        self._storage.read(files, offsets, parts)
+    def locate(self, first: np.ndarray, count: np.ndarray, place: np.ndarray) -> Reads:
+        """Where ``count`` (m,) tokens from token ``first`` (m,) on lie, and that they go to token ``place`` (m,) of a buffer."""
+        bases, itemsize = self._token_bases, self.dtype.itemsize
+        pieces = []
+        shard = np.searchsorted(bases, first, side="right") - 1
+        while len(first):
+            offset = first - bases[shard]
+            taken = np.minimum(count, bases[shard + 1] - first)
+            pieces.append(np.stack([shard, offset * itemsize, taken * itemsize, place * itemsize]))
+            goes_on = np.flatnonzero(count > taken)  # into the next shard
+            first, place = (first + taken)[goes_on], (place + taken)[goes_on]
+            count, shard = (count - taken)[goes_on], shard[goes_on] + 1
+        return Reads(*np.concatenate(pieces, axis=1).tolist()) if pieces else Reads([], [], [], [])
+
+    def expect(self, reads: Reads) -> None:
+        """Has what will be read soon be on its way by then."""
+        self._storage.expect(reads)
+
+    def read(self, reads: Reads, buffer: np.ndarray) -> None:
+        """Fills a contiguous buffer of this stream's dtype."""
+        self._storage.read(reads, buffer.reshape(-1).view(np.uint8).data)
 
     def document_starts(self, documents: np.ndarray) -> np.ndarray:
         """First token (m,) of each document (m,)."""
@@ -120,13 +128,13 @@ class _DocumentStarts:
 
     def within(self, first: int, last: int) -> list[int]:
         """First tokens of the documents that begin after token ``first`` and at or before ``last``, within the shard."""
-        view, itemsize = self._view, self._itemsize
-        begin = upper_bound(view, first * itemsize, self._end) if first >= 0 else 0
-        key, step, end = last * itemsize, 1, begin
-        while end < len(view) and view[end] <= key:
-            end, step = end + step, 2 * step
-        end = bisect_right(view, key, begin, min(end, len(view)))
-        return [pointer // itemsize for pointer in view[begin:end]]
+        view, itemsize, key = self._view, self._itemsize, last * self._itemsize
+        place = upper_bound(view, first * itemsize, self._end) if first >= 0 else 0
+        found = []
+        while place < len(view) and (pointer := view[place]) <= key:
+            found.append(pointer // itemsize)
+            place += 1
+        return found
 
     def lengths(self) -> np.ndarray:
         """Tokens (n,) of each document."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,8 +14,17 @@ from mamba_pretrain.data.batch import Batch, assemble, empty_batch
 from mamba_pretrain.data.config import DataConfig, EvaluatedSource
 from mamba_pretrain.data.order import SampleOrder
 from mamba_pretrain.data.packed_dataset import TokenStream
-from mamba_pretrain.data.packing import BestFitPacking, ConcatPacking, Packing
-from mamba_pretrain.data.storage import DatasetFolder
+from mamba_pretrain.data.packing import BestFitPacking, ConcatPacking, Layout, Packing
+from mamba_pretrain.data.storage import DatasetFolder, Reads
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Samples of one source that are on their way."""
+
+    source: Source
+    layout: Layout
+    reads: Reads
 
 
 class Source:
@@ -35,7 +45,7 @@ class Source:
     def for_training(cls, config: DataConfig, source: EvaluatedSource) -> Source:
         """The training split, packed as configured. Raises UserError when it holds no whole sequence."""
         folder = DatasetFolder(source.path, config.cache_dir)
-        stream = TokenStream(folder, config.train_split, config.read_ahead)
+        stream = TokenStream(folder, config.train_split)
         packing: Packing
         packing = (
             BestFitPacking(stream, config.sequence_length)
@@ -53,7 +63,7 @@ class Source:
     def for_validation(cls, config: DataConfig, source: EvaluatedSource) -> Source:
         """The validation split in its own order, concatenated, the tail included."""
         folder = DatasetFolder(source.path, config.cache_dir)
-        stream = TokenStream(folder, config.validation_split, config.read_ahead)
+        stream = TokenStream(folder, config.validation_split)
         packing = ConcatPacking(stream, config.sequence_length, keep_tail=True)
         return cls(config, source, config.validation_split, packing, stream, folder)
 
@@ -67,16 +77,22 @@ class Source:
         """Places of one epoch that hold padding."""
         return self._packing.n_padding
 
+    def expect(self, samples: np.ndarray) -> Expected:
+        """Finds samples (m,) of this source and has their bytes be on their way."""
+        layout = self._packing.layout(samples)
+        reads = self._stream.locate(layout.first, layout.count, layout.row * (self._length + 1) + layout.column)
+        self._stream.expect(reads)
+        return Expected(self, layout, reads)
+
+    def read(self, expected: Expected, sample_ids: np.ndarray) -> Batch:
+        """The expected samples (m,) as a batch that names them ``sample_ids`` (m,)."""
+        buffer = np.zeros((len(sample_ids), self._length + 1), dtype=self._stream.dtype)
+        self._stream.read(expected.reads, buffer)
+        return assemble(expected.layout, buffer, sample_ids, self._mask)
+
     def batch(self, samples: np.ndarray, sample_ids: np.ndarray) -> Batch:
         """Samples (m,) of this source as a batch that names them ``sample_ids`` (m,)."""
-        layout = self._packing.layout(samples)
-        buffer = np.zeros((len(samples), self._length + 1), dtype=self._stream.dtype)
-        places = buffer.reshape(-1).view(np.uint8).data
-        begin = (layout.row * (self._length + 1) + layout.column) * buffer.itemsize
-        size = layout.count * buffer.itemsize
-        views = [places[b : b + s] for b, s in zip(begin.tolist(), size.tolist(), strict=True)]
-        self._stream.read(layout.first, views)
-        return assemble(layout, buffer, sample_ids, self._mask)
+        return self.read(self.expect(samples), sample_ids)
 
     def close(self) -> None:
         """Closes the files."""
@@ -96,16 +112,21 @@ class Sampler:
         self._orders = {source.key: SampleOrder(source.n_samples, f"{source.key}:{seed}", config.shuffle) for source in self.sources}
         self._order_name = f"{config.packing}:{config.sequence_length}:{config.shuffle}:{seed}"
 
-    def batch(self, placed: Sequence[tuple[str, np.ndarray, np.ndarray]], sample_ids: np.ndarray) -> Batch:
-        """Global samples (m,), already placed in the blend as (source, rows, draws)."""
-        parts = []
+    def expect(self, placed: Iterable[tuple[str, np.ndarray, np.ndarray]], sample_ids: np.ndarray) -> list[tuple[np.ndarray, Expected]]:
+        """Finds global samples (m,), placed in the blend as (source, rows, draws), and has their bytes be on their way: (rows, samples) by source."""
+        expected = []
         for key, rows, draws in placed:
             if key not in self._by_key:
                 raise UserError(f"sample {sample_ids[rows[0]]} comes from a dataset that data.sources no longer names; add it again")
-            parts.append(self._by_key[key].batch(self._orders[key].samples(draws), sample_ids[rows]))
+            expected.append((rows, self._by_key[key].expect(self._orders[key].samples(draws))))
+        return expected
+
+    def read(self, expected: list[tuple[np.ndarray, Expected]], sample_ids: np.ndarray) -> Batch:
+        """The expected global samples (m,) as a batch."""
+        parts = [samples.source.read(samples, sample_ids[rows]) for rows, samples in expected]
         if len(parts) == 1:
             return parts[0]
-        order = np.argsort(np.concatenate([rows for _, rows, _ in placed]))
+        order = np.argsort(np.concatenate([rows for rows, _ in expected]))
         return Batch.concatenate(parts).rows(torch.from_numpy(order))
 
     @property

@@ -8,6 +8,7 @@ import os
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,54 +16,66 @@ from data_tools.errors import UserError
 from data_tools.indexed import IndexedDataset
 from data_tools.manifest import FILE_NAME, Manifest
 
+ADVISES = hasattr(os, "posix_fadvise")  # not on macOS
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Ranges of bytes to read: ``size[i]`` from byte ``offset[i]`` of file ``file[i]``, to byte ``place[i]`` of a buffer."""
+
+    file: list[int]
+    offset: list[int]
+    size: list[int]
+    place: list[int]
+
 
 class Storage(Protocol):
     """The ``.bin`` files of a split, by number."""
 
-    def read(self, files: Sequence[int], offsets: Sequence[int], buffers: Sequence[memoryview]) -> None:
-        """Fills ``buffers[i]`` from byte ``offsets[i]`` of file ``files[i]``. Raises UserError where a file ends early."""
+    def expect(self, reads: Reads) -> None:
+        """Announces what will be read soon, so that it is on its way by then. Returns at once."""
+
+    def read(self, reads: Reads, buffer: memoryview) -> None:
+        """Fills the buffer (bytes). Raises UserError where a file ends early."""
 
     def close(self) -> None:
         """Frees what is open."""
 
 
 class LocalStorage:
-    """Files read with ``pread``; the system is told ``ahead`` reads early what will be needed, so that a cold disk is kept busy.
+    """Files read with ``pread``. The system is told what is expected, and reads it meanwhile: as many reads as are announced keep the disk busy.
 
-    Memory-mapping would wait for one page fault after another: on a cold disk that is some fifty times slower.
+    Memory-mapping would wait for one page fault after another, and by default read much around each.
     """
 
-    def __init__(self, paths: Sequence[Path], ahead: int) -> None:
+    def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
-        self.ahead = ahead
         self._files = [path.open("rb", buffering=0) for path in self.paths]
         self._descriptors = [file.fileno() for file in self._files]
-        for descriptor in self._descriptors:
-            _advise(descriptor, 0, 0, "POSIX_FADV_RANDOM")
+        if ADVISES:
+            for descriptor in self._descriptors:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
-    def read(self, files: Sequence[int], offsets: Sequence[int], buffers: Sequence[memoryview]) -> None:
+    def expect(self, reads: Reads) -> None:
         """See ``Storage``."""
-        descriptors, ahead = self._descriptors, self.ahead
-        for i in range(min(ahead, len(files))):
-            _advise(descriptors[files[i]], offsets[i], buffers[i].nbytes)
-        for i, (file, offset, buffer) in enumerate(zip(files, offsets, buffers, strict=True)):
-            if i + ahead < len(files):
-                _advise(descriptors[files[i + ahead]], offsets[i + ahead], buffers[i + ahead].nbytes)
-            if os.preadv(descriptors[file], [buffer], offset) != buffer.nbytes:
+        if ADVISES:
+            descriptors, advise, needed = self._descriptors, os.posix_fadvise, os.POSIX_FADV_WILLNEED
+            for file, offset, size in zip(reads.file, reads.offset, reads.size, strict=True):
+                advise(descriptors[file], offset, size, needed)
+
+    def read(self, reads: Reads, buffer: memoryview) -> None:
+        """See ``Storage``."""
+        descriptors, pread = self._descriptors, os.preadv
+        for file, offset, size, place in zip(reads.file, reads.offset, reads.size, reads.place, strict=True):
+            if pread(descriptors[file], [buffer[place : place + size]], offset) != size:
                 raise UserError(
-                    f"{self.paths[file]} ends before byte {offset + buffer.nbytes}: it changed while it was read; check it with `mamba-data verify`"
+                    f"{self.paths[file]} ends before byte {offset + size}: it changed while it was read; check it with `mamba-data verify`"
                 )
 
     def close(self) -> None:
         """Closes the files."""
         for file in self._files:
             file.close()
-
-
-def _advise(descriptor: int, offset: int, size: int, advice: str = "POSIX_FADV_WILLNEED") -> None:
-    """``posix_fadvise`` where the system has it."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, size, getattr(os, advice))
 
 
 class RemoteStorage:
@@ -72,14 +85,17 @@ class RemoteStorage:
         self.filesystem = filesystem
         self.paths = list(paths)
 
-    def read(self, files: Sequence[int], offsets: Sequence[int], buffers: Sequence[memoryview]) -> None:
+    def expect(self, reads: Reads) -> None:
+        """Nothing: ``data.workers`` threads fetch several groups at once instead."""
+
+    def read(self, reads: Reads, buffer: memoryview) -> None:
         """See ``Storage``."""
-        ends = [offset + buffer.nbytes for offset, buffer in zip(offsets, buffers, strict=True)]
-        blocks = self.filesystem.cat_ranges([self.paths[file] for file in files], list(offsets), ends)
-        for file, end, block, buffer in zip(files, ends, blocks, buffers, strict=True):
-            if len(block) != buffer.nbytes:
+        ends = [offset + size for offset, size in zip(reads.offset, reads.size, strict=True)]
+        blocks = self.filesystem.cat_ranges([self.paths[file] for file in reads.file], reads.offset, ends)
+        for file, end, size, place, block in zip(reads.file, ends, reads.size, reads.place, blocks, strict=True):
+            if len(block) != size:
                 raise UserError(f"{self.paths[file]} ends before byte {end}: the upload is incomplete; upload it again")
-            buffer[:] = block
+            buffer[place : place + size] = block
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -109,14 +125,14 @@ class DatasetFolder:
                 self._fetch(f"tokenizer/{name}")
         return self.local / "tokenizer"
 
-    def open(self, shards: Sequence[str], ahead: int) -> tuple[list[IndexedDataset], Storage]:
+    def open(self, shards: Sequence[str]) -> tuple[list[IndexedDataset], Storage]:
         """Indices and tokens of shards, named as in the manifest. Raises UserError for a missing or truncated file."""
         with _many_open_files(2 * len(shards), self.path):
-            return self._open_local(shards, ahead) if self._filesystem is None else self._open_remote(shards)
+            return self._open_local(shards) if self._filesystem is None else self._open_remote(shards)
 
-    def _open_local(self, shards: Sequence[str], ahead: int) -> tuple[list[IndexedDataset], Storage]:
+    def _open_local(self, shards: Sequence[str]) -> tuple[list[IndexedDataset], Storage]:
         indices = [IndexedDataset(self.local / shard) for shard in shards]
-        return indices, LocalStorage([index.bin_path for index in indices], ahead)
+        return indices, LocalStorage([index.bin_path for index in indices])
 
     def _open_remote(self, shards: Sequence[str]) -> tuple[list[IndexedDataset], Storage]:
         indices = []

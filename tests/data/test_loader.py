@@ -140,7 +140,7 @@ def test_batches_that_grow_use_what_was_read_ahead(sources, monkeypatch):
     data = TrainingData(configure(sources), 5, micro_batch_size=2)
     read: list[int] = []
     original = data._read
-    monkeypatch.setattr(data, "_read", lambda starts: read.extend(starts) or original(starts))
+    monkeypatch.setattr(data, "_read", lambda expected, starts: read.extend(starts) or original(expected, starts))
     position = 0
     for size in (2, 4, 4, 8):
         data.take(position, size)

@@ -59,6 +59,15 @@ def test_upper_bound_on_values_that_grow_very_unevenly():
         assert upper_bound(values, key, values[-1]) == bisect.bisect_right(values, key)
 
 
+def read(stream: TokenStream, first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Ranges of the stream's tokens one after another."""
+    reads = stream.locate(first, count, np.cumsum(count) - count)
+    buffer = np.zeros(count.sum(), dtype=stream.dtype)
+    stream.expect(reads)
+    stream.read(reads, buffer)
+    return buffer
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_reads_across_shards(make_dataset, read_stream, dtype):
     folder = make_dataset([5, 9, 2, 30, 1, 7, 7, 3], shards=[1, 2, 1, 2], dtype=dtype)
@@ -67,10 +76,10 @@ def test_reads_across_shards(make_dataset, read_stream, dtype):
     assert (stream.n_tokens, stream.n_documents, stream.dtype) == (64, 8, np.dtype(dtype))
     firsts, counts = np.meshgrid(np.arange(64), np.arange(1, 65))
     keep = firsts + counts <= 64
-    buffers = [np.zeros(count, dtype=dtype) for count in counts[keep]]
-    stream.read(firsts[keep], [buffer.view(np.uint8).data for buffer in buffers])
-    for first, count, buffer in zip(firsts[keep], counts[keep], buffers, strict=True):
-        assert np.array_equal(buffer, tokens[first : first + count])
+    found = read(stream, firsts[keep], counts[keep])
+    expected = [tokens[first : first + count] for first, count in zip(firsts[keep], counts[keep], strict=True)]
+    assert np.array_equal(found, np.concatenate(expected))
+    assert read(stream, np.zeros(0, np.int64), np.zeros(0, np.int64)).tolist() == []
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,9 +117,7 @@ def test_documents_of_several_sequences_as_megatron_allows(make_dataset):
 def test_empty_shards_are_passed_over(make_dataset, read_stream):
     folder = make_dataset([5, 6], shards=[0, 1, 0])
     stream = open_stream(folder)
-    buffer = np.zeros(11, dtype=np.uint16)
-    stream.read(np.array([0]), [buffer.view(np.uint8).data])
-    assert np.array_equal(buffer, read_stream(folder)[0])
+    assert np.array_equal(read(stream, np.array([0]), np.array([11])), read_stream(folder)[0])
 
 
 def shard_of(lengths: list[int], dtype: type[np.generic]) -> dict[str, bytes]:
@@ -164,4 +171,4 @@ def test_a_file_that_shrinks_while_it_is_read(make_dataset):
     stream = open_stream(folder)
     os.truncate(folder / "train" / "00000.bin", 20)
     with pytest.raises(UserError, match=r"00000\.bin ends before byte 100"):
-        stream.read(np.array([0]), [np.zeros(50, dtype=np.uint16).view(np.uint8).data])
+        read(stream, np.array([0]), np.array([50]))

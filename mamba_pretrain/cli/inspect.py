@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import typer
@@ -90,7 +91,8 @@ def doctor(
     run_dir: Path = typer.Option(Path("runs"), help="Without a config: folder whose disk and checkpoints are checked"),
     json_output: bool = typer.Option(False, "--json", help="Print the findings as JSON"),
 ) -> None:
-    """Check installation, kernels, GPU, disk, collectives and inputs; every red line says how to mend it. Exit code 1 if any is red.
+    """Check installation, kernels, GPU, disk, collectives and inputs. Green: well. Red: training will fail or suffer. Yellow: something is
+    missing that this training can do without. Red and yellow lines say how to mend it. Exit code 1 if any is red.
 
     Example: `mamba-pretrain doctor configs/quickstart.yaml data.sources.0.path=data/corpus`
     """
@@ -98,18 +100,21 @@ def doctor(
     from rich.console import Console
 
     from mamba_pretrain.config import load_config
-    from mamba_pretrain.monitor.doctor.examine import examine, show
+    from mamba_pretrain.monitor.doctor.check import Check
+    from mamba_pretrain.monitor.doctor.examine import Screen, examine
 
     run = load_config(config, overrides or []) if config is not None else None
-    console = Console()
+    console = Console(stderr=json_output, quiet=json_output and not sys.stderr.isatty())
     found = []
-    for check in examine(run.run_dir if run is not None else run_dir, run):
-        found.append(check)
-        if not json_output:
-            show(check, console)
-    wrong = sum(check.status == "red" for check in found)
+    with Screen(console) as screen:
+        for finding in examine(run.run_dir if run is not None else run_dir, run):
+            screen.show(finding)
+            if isinstance(finding, Check):
+                found.append(finding)
+    wrong, missing = (sum(check.status == status for check in found) for status in ("red", "yellow"))
     if json_output:
         typer.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
     else:
-        console.print(f"\n{wrong} to mend" if wrong else "\nall well", style="red" if wrong else "green")
+        verdict = f"{wrong} to mend" if wrong else "all well: training works here"
+        console.print(f"\n{verdict}{f', {missing} optional missing' if missing else ''}", style="red" if wrong else "green")
     raise typer.Exit(1 if wrong else 0)

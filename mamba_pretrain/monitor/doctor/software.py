@@ -9,37 +9,69 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mamba_pretrain.monitor.doctor.check import Check, green, grey, red
+from mamba_pretrain.monitor.doctor.check import Check, green, grey, red, yellow
 
-# package: oldest release that works
-REQUIRED = {"torch": "2.9", "deepspeed": "0.18", "transformers": "4.48", "sentencepiece": "0.2", "tokenizers": "0.20", "safetensors": "0.5"}
-REQUIRED |= {"datasets": "3.0", "pyarrow": "16", "numpy": "1.26", "pydantic": "2.8", "wandb": "0.18", "xxhash": "3.4"}
+if TYPE_CHECKING:
+    from mamba_pretrain.config import RunConfig
+
+# package: oldest release that works; training imports these
+REQUIRED = {"torch": "2.9", "numpy": "1.26", "omegaconf": "2.3", "orjson": "3.10", "pydantic": "2.8", "rich": "13.7", "safetensors": "0.5"}
+REQUIRED |= {"xxhash": "3.4"}
+TOKENIZERS = {"sentencepiece": "0.2", "tokenizers": "0.20"}
+
+
+@dataclass(frozen=True)
+class Optional:
+    """A package that only some work needs. ``needed``: whether a run with this config does."""
+
+    package: str
+    oldest: str
+    purpose: str
+    needed: Callable[[RunConfig], bool] = lambda config: False
+
+
+OPTIONAL = (
+    Optional("deepspeed", "0.18", "parallel.strategy=zero1, zero2 and zero3", lambda config: config.parallel.strategy.startswith("zero")),
+    Optional("wandb", "0.18", "monitor.wandb.mode=offline and online", lambda config: config.monitor.wandb.mode == "online"),
+    Optional("transformers", "4.48", "`mamba-pretrain export` and `import`"),
+    Optional("matplotlib", "3.8", "the report's PNG files"),
+    Optional("jinja2", "3.1", "`mamba-pretrain submit`"),
+    Optional("pyarrow", "16", "`mamba-data tokenize` of Parquet and Arrow files"),
+    Optional("datasets", "3.0", "`mamba-data tokenize` of datasets from the Hub"),
+)
 # package, compiled module, what it serves
 COMPILED = (("mamba-ssm", "selective_scan_cuda", "Mamba-1's scan"), ("causal-conv1d", "causal_conv1d_cuda", "the convolution"))
 WANDB_HOST = "api.wandb.ai"
 
 
-def versions() -> Iterator[Check]:
-    """Required packages, old ones first."""
+def versions(config: RunConfig | None = None) -> Iterator[Check]:
+    """What every training needs in one line, and a line for each other package that is missing or old."""
+    wrong = {package: problem for package, oldest in REQUIRED.items() if (problem := _problem(package, oldest))}
+    if wrong:
+        yield red("versions", "; ".join(wrong.values()), f"run `make setup`, or pip install -U {' '.join(wrong)}")
+    else:
+        yield green("versions", ", ".join(f"{package} {importlib.metadata.version(package)}" for package in REQUIRED))
+    for package in OPTIONAL:
+        if problem := _problem(package.package, package.oldest):
+            needed = config is not None and package.needed(config)
+            judge, who = (red, "this run needs it for") if needed else (yellow, "without it no")
+            yield judge(f"package {package.package}", f"{problem}; {who} {package.purpose}", f"pip install -U {package.package}")
+
+
+def _problem(package: str, oldest: str) -> str | None:
+    """Why an installed package cannot serve, or None."""
     from packaging.version import Version
 
-    found, wrong = [], []
-    for package, oldest in REQUIRED.items():
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            wrong.append(f"{package} is not installed (>= {oldest} is needed)")
-            continue
-        found.append(f"{package} {version}")
-        if Version(version) < Version(oldest):
-            wrong.append(f"{package} {version} is older than {oldest}")
-    if wrong:
-        yield red("versions", "; ".join(wrong), "run `make setup`, or pip install -U the packages named here")
-    else:
-        yield green("versions", ", ".join(found[:4]) + f" and {len(found) - 4} more")
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} is not installed (>= {oldest} is needed)"
+    return f"{package} {version} is older than {oldest}" if Version(version) < Version(oldest) else None
 
 
 def compiled_kernels() -> Iterator[Check]:
@@ -96,9 +128,9 @@ def gpu() -> Iterator[Check]:
 
 def tokenizers() -> Iterator[Check]:
     """Tokenizer libraries: the needed ones, and the fast encoders."""
-    missing = [name for name in ("sentencepiece", "tokenizers") if importlib.util.find_spec(name) is None]
-    if missing:
-        yield red("tokenizer libraries", f"{', '.join(missing)} cannot be imported", f"pip install {' '.join(missing)}")
+    wrong = {package: problem for package, oldest in TOKENIZERS.items() if (problem := _problem(package, oldest))}
+    if wrong:
+        yield red("tokenizer libraries", "; ".join(wrong.values()), f"pip install -U {' '.join(wrong)}")
         return
     fast = [name for name in ("gigatoken", "fastokens") if importlib.util.find_spec(name) is not None]
     extra = f"; fast encoders: {', '.join(fast)}" if fast else "; no fast encoder (pip install 'mamba-pretrain[fast]' brings them)"

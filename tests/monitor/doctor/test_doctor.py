@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +21,15 @@ from data_tools.indexed import IndexedWriter
 from data_tools.manifest import Manifest, Shard, Split, TokenizerInfo, xxh3
 from data_tools.tokenizers import load_tokenizer
 from mamba_pretrain.cli import app
-from mamba_pretrain.monitor.doctor import hardware, inputs, software
-from mamba_pretrain.monitor.doctor.check import Check, guarded
-from mamba_pretrain.monitor.doctor.parity import CASES, parity
+from mamba_pretrain.config import RunConfig, load_config
+from mamba_pretrain.models.config import MIXERS
+from mamba_pretrain.monitor.doctor import hardware, inputs, parity_process, software
+from mamba_pretrain.monitor.doctor.check import Begun, Check, green, guarded
+from mamba_pretrain.monitor.doctor.examine import COMMON_OPS, MIXER_OPS
+from mamba_pretrain.monitor.doctor.op_cases import CASES
+from mamba_pretrain.monitor.doctor.parity import parity, serving
 from mamba_pretrain.ops import registry
+from mamba_pretrain.ops.config import OpsConfig
 
 CPU = torch.device("cpu")
 
@@ -33,6 +39,10 @@ def only_red(checks: list[Check]) -> Check:
     assert len(found) == 1, checks
     assert found[0].remedy
     return found[0]
+
+
+def findings(told: Iterator[Check | Begun]) -> list[Check]:
+    return [finding for finding in told if isinstance(finding, Check)]
 
 
 @pytest.fixture
@@ -79,9 +89,33 @@ def test_fault_wrong_abi(plant: Any) -> None:
 
 
 def test_fault_old_package(plant: Any) -> None:
-    plant("sentencepiece", "0.0.1")
+    plant("safetensors", "0.0.1")
     found = only_red(list(software.versions()))
-    assert "sentencepiece 0.0.1 is older than 0.2" in found.detail
+    assert "safetensors 0.0.1 is older than 0.5" in found.detail
+    plant("sentencepiece", "0.0.1")
+    assert "sentencepiece 0.0.1 is older than 0.2" in only_red(list(software.tokenizers())).detail
+
+
+@pytest.mark.parametrize(
+    ("package", "overrides"),
+    [("deepspeed", ["parallel.strategy=zero2"]), ("wandb", ["monitor.wandb.mode=online"]), ("datasets", [])],
+)
+def test_fault_optional_package_missing_is_red_only_for_a_run_that_needs_it(plant: Any, package: str, overrides: list[str]) -> None:
+    plant(package, "0.0.1")
+    without, other = (one_about(package, software.versions(config)) for config in (None, quickstart_config()))
+    assert without.status == other.status == "yellow"
+    assert without.remedy == f"pip install -U {package}"
+    if overrides:
+        assert one_about(package, software.versions(quickstart_config(*overrides))).status == "red"
+
+
+def quickstart_config(*overrides: str) -> RunConfig:
+    return load_config(Path(__file__).parents[3] / "configs" / "quickstart.yaml", list(overrides))
+
+
+def one_about(package: str, checks: Iterator[Check]) -> Check:
+    (found,) = [check for check in checks if check.name == f"package {package}"]
+    return found
 
 
 def test_fault_cpu_build_of_torch_beside_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,8 +140,8 @@ def broken_op() -> Iterator[Any]:
     registry._implementations["selective_scan"].pop("planted", None)
 
 
-def planted(checks: Iterator[Check]) -> Check:
-    return next(check for check in checks if check.name.endswith(": planted"))
+def planted(findings: Iterator[Check | Begun]) -> Check:
+    return next(finding for finding in findings if isinstance(finding, Check) and finding.name.endswith(": planted"))
 
 
 def test_fault_wrong_result(broken_op: Any) -> None:
@@ -142,6 +176,51 @@ def test_fault_implementation_raises(broken_op: Any) -> None:
     found = planted(parity(CPU))
     assert found.status == "red"
     assert "illegal memory access" in found.detail
+
+
+# A checking process with three implementations of one op: one ends the process, one hangs, one is right.
+CRASHING = """
+import os, sys, time, json
+from mamba_pretrain.monitor.doctor import parity_process as process
+from mamba_pretrain.ops import registry
+
+reference = next(i for i in registry.implementations("rms_norm") if i.name == "reference").function
+planted = {"a-crash": lambda **_: os.abort(), "b-hang": lambda **_: time.sleep(600), "c-right": lambda **named: reference(**named)}
+for priority, (name, function) in enumerate(planted.items()):
+    registry.register("rms_norm", name, priority=-9 - priority)(function)
+known = registry.implementations
+registry.implementations = lambda op=None: [i for i in known(op) if i.name in planted or op is not None]
+process.main(int(sys.argv[1]), process.Wanted(**json.loads(sys.argv[2])))
+"""
+
+
+def test_fault_a_kernel_that_crashes_or_hangs_costs_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity_process, "COMMAND", [sys.executable, "-c", CRASHING])
+    wanted = parity_process.Wanted("cpu", ["rms_norm"], {}, allow_slow=False, isolate_documents=True)
+    found = list(parity_process.parity_apart(wanted, case_limit=6.0))
+    checks = {check.name: check for check in found if isinstance(check, Check)}
+    assert [check.status for check in checks.values()] == ["red", "red", "green", "green"]
+    assert "killed by signal 6" in checks["parity rms_norm: a-crash"].detail
+    assert checks["parity rms_norm: b-hang"].detail == "did not finish within 6 s"
+    assert "ops.require" in checks["parity rms_norm: b-hang"].remedy
+    assert checks["op rms_norm"].detail == "reference"
+    names = [finding.name for finding in found]
+    assert all(isinstance(found[names.index(name)], Begun) for name in checks if name.startswith("parity")), "each is announced"
+
+
+def test_fault_required_implementation_cannot_serve() -> None:
+    found = list(serving(["selective_scan"], OpsConfig(require={"selective_scan": "cuda"}), CPU, True))
+    registry.configure(OpsConfig(allow_slow=True))
+    assert "ops.require asks for selective_scan=cuda" in only_red(found).detail
+    assert "reference" in only_red(found).remedy
+
+
+def test_kernels_are_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "autotune", lambda configs, key: configs)
+    parity_process.use_one_configuration_per_kernel()
+    small, large = triton.Config({"BLOCK": 32}, num_warps=2), triton.Config({"BLOCK": 128}, num_warps=8)
+    assert triton.autotune(configs=[large, small], key=[]) == [small]
 
 
 def test_fault_full_disk(tmp_path: Path) -> None:
@@ -251,7 +330,7 @@ def test_fault_truncated_shard(dataset: Any) -> None:
     folder = dataset(99)
     path = folder / "train" / "00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    found = only_red(guarded("dataset", lambda: inputs.dataset(folder)))
+    found = only_red(findings(guarded("dataset", lambda: inputs.dataset(folder))))
     assert "truncated or damaged" in found.detail
     assert "tokenize again" in found.remedy
 
@@ -286,7 +365,17 @@ def test_a_check_that_breaks_is_a_finding() -> None:
         raise ValueError("surprise")
         yield
 
-    assert "surprise" in only_red(guarded("x", broken)).detail
+    assert "surprise" in only_red(findings(guarded("x", broken))).detail
+
+
+def test_a_check_that_hangs_is_a_finding() -> None:
+    def hanging() -> Iterator[Check]:
+        yield green("first", "well")
+        time.sleep(60)
+
+    found = list(guarded("x", hanging, limit=0.3))
+    assert found[:2] == [Begun("x"), green("first", "well")]
+    assert only_red(found[1:]).detail == "did not finish within 0.3 s"
 
 
 # -- health
@@ -294,6 +383,8 @@ def test_a_check_that_breaks_is_a_finding() -> None:
 
 def test_every_op_has_a_case() -> None:
     assert {i.op for i in registry.implementations()} == set(CASES)
+    assert {*COMMON_OPS, *(op for ops in MIXER_OPS.values() for op in ops)} == set(CASES)
+    assert set(MIXER_OPS) == set(MIXERS)
 
 
 def test_a_healthy_machine_is_green(tmp_path: Path) -> None:
@@ -301,16 +392,20 @@ def test_a_healthy_machine_is_green(tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert [check for check in found if check["status"] == "red"] == []
     assert result.exit_code == 0
-    assert {"versions", "speed of the device", "open files"} <= {check["name"] for check in found}
+    assert {"versions", "speed of the device", "open files", "op selective_scan"} <= {check["name"] for check in found}
     assert any(check["name"].startswith("all-reduce (gloo") or "nccl" in check["name"] for check in found)
 
 
 def test_red_gives_exit_code_one_and_says_how_to_mend(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    code = "from mamba_pretrain.monitor.doctor import examine as e; e.hardware.all_reduce = e.hardware.ceilings = lambda: []; "
+    code = "from mamba_pretrain.monitor.doctor import examine as e; "
+    code += "e.hardware.all_reduce = e.hardware.ceilings = lambda: []; e._parity = lambda config: []; "
     code += "from mamba_pretrain.cli import main; main(['doctor', '--run-dir', sys_argv])"
     code = code.replace("sys_argv", repr(str(tmp_path / "file")))
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert finished.returncode == 1
     assert "mend: free space" in finished.stdout
     assert "1 to mend" in finished.stdout
+    lines = finished.stdout.splitlines()
+    disk = next(i for i, line in enumerate(lines) if line.startswith("✗"))
+    assert lines[disk - 1] == f"  disk of {tmp_path / 'file'} ...", "a check is announced before it runs"

@@ -33,12 +33,12 @@ DTYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
-UINT16_VOCABULARY = 65_500  # Megatron-LM's own limit for two-byte ids
+UINT16_BELOW = 65_500  # Megatron-LM's own limit: smaller vocabularies have two-byte ids
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
-    """uint16 for vocabularies of up to 65,500 tokens, else int32: Megatron-LM's choice."""
-    return np.dtype(np.uint16 if vocab_size <= UINT16_VOCABULARY else np.int32)
+    """uint16 for vocabularies of fewer than 65,500 tokens, else int32: Megatron-LM's choice."""
+    return np.dtype(np.uint16 if vocab_size < UINT16_BELOW else np.int32)
 
 
 def paths(prefix: str | Path) -> tuple[Path, Path]:

@@ -17,6 +17,7 @@ from data_tools.errors import UserError
 from mamba_pretrain.data.batch import Batch
 from mamba_pretrain.data.config import DataConfig
 from mamba_pretrain.data.loader import TrainingData, bytes_per_token, validation_batches, validation_names
+from mamba_pretrain.data.storage import LocalStorage
 
 LENGTH = 16
 
@@ -148,6 +149,19 @@ def test_batches_that_grow_use_what_was_read_ahead(sources, monkeypatch):
     data.close()
     assert len(read) == len(set(read))
     assert set(range(0, 18, 2)) <= set(read)
+
+
+def test_each_group_is_announced_before_the_one_before_it_is_read(sources, monkeypatch):
+    done = []
+    for name in ("expect", "read"):
+        original = getattr(LocalStorage, name)
+        monkeypatch.setattr(LocalStorage, name, lambda *a, name=name, original=original: done.append((name, a[1].offset)) or original(*a))
+    data = TrainingData(configure(sources[:1], [1], read_ahead=4), 5, micro_batch_size=2)
+    data.take(0, 12)
+    data.close()
+    names, offsets = [name for name, _ in done], [offset for _, offset in done]
+    assert names[:6] == ["expect", "expect", "read", "expect", "read", "read"]
+    assert [offsets[0], offsets[1], offsets[3]] == [offsets[2], offsets[4], offsets[5]]
 
 
 def test_a_jump_forgets_what_was_read_ahead(sources):

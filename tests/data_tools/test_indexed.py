@@ -72,7 +72,7 @@ def test_reads_any_range(tmp_path):
         data.read(4, 5)
 
 
-@pytest.mark.parametrize("vocabulary", [(65_500, "uint16"), (65_501, "int32")])
+@pytest.mark.parametrize("vocabulary", [(65_499, "uint16"), (65_500, "int32")])
 def test_dtype_follows_the_vocabulary(vocabulary):
     assert best_dtype(vocabulary[0]) == np.dtype(vocabulary[1])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import BinaryIO
@@ -24,8 +25,16 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
+def _check_local(out: Path) -> None:
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(out)):  # a Path has one slash where a URL has two
+        raise UserError(
+            f"{out} is a URL, and datasets are made on a file system; choose a local --output, and upload the folder when it is whole"
+        )
+
+
 def check_free(out: Path, overwrite: bool, what: str = "--output") -> None:
     """Raises UserError when the folder holds files that would be lost, or cannot be made. A dataset may be overwritten; strangers' files never."""
+    _check_local(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another {what}")
     held = {path.name for path in out.iterdir()} - TOLERATED if out.exists() else set()
@@ -40,6 +49,7 @@ def check_free(out: Path, overwrite: bool, what: str = "--output") -> None:
 
 def check_empty(out: Path, overwrite: bool) -> None:
     """Raises UserError unless files may be written into ``out``."""
+    _check_local(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another --output")
     if out.exists() and any(out.iterdir()) and not overwrite:
@@ -48,6 +58,7 @@ def check_empty(out: Path, overwrite: bool) -> None:
 
 def make(folder: Path) -> None:
     """Makes a folder. Raises UserError where the system refuses."""
+    _check_local(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

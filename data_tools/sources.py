@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
-from data_tools.storage import COMPRESSED, HASH_BLOCK, block_count, connect, is_url, size_of, stamp
+from data_tools.storage import COMPRESSED, HASH_BLOCK, block_count, connect, is_url, local_path, reaching, size_of, stamp
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".html", ".tex")
 JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -48,7 +48,7 @@ def find_files(sources: Sequence[str], include: Sequence[str], exclude: Sequence
     Raises UserError for a source that gives none.
     """
     found: dict[str, None] = {}
-    for source in sources:
+    for source in map(local_path, sources):
         files = list(_files_of(source, include, exclude))
         if not files:
             exists = os.path.isdir(source) or (is_url(source) and not glob.has_magic(source))
@@ -64,7 +64,8 @@ def _files_of(source: str, include: Sequence[str], exclude: Sequence[str]) -> It
     if is_url(source):
         filesystem, inner = connect(source)
         protocol = source.partition("://")[0]
-        below = filesystem.glob(inner, detail=True) if glob.has_magic(source) else filesystem.find(inner, detail=True)
+        with reaching(source):
+            below = filesystem.glob(inner, detail=True) if glob.has_magic(source) else filesystem.find(inner, detail=True)
         for path in sorted(path for path, info in below.items() if info["type"] == "file"):
             relative = path.removeprefix(inner).lstrip("/")
             if not relative or glob.has_magic(source) or _wanted(relative, include, exclude):

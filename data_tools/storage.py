@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -27,6 +29,23 @@ READ_ERRORS: tuple[Any, ...] = (OSError, EOFError, deflate_error)  # what damage
 def is_url(path: str) -> bool:
     """Whether a path names an object behind fsspec instead of a local file."""
     return "://" in path
+
+
+def local_path(path: str) -> str:
+    """A ``file://`` URL as the plain path it is; anything else as it is."""
+    return path.removeprefix("file://")
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """What an object store refuses becomes a UserError; the drivers' errors have no common base."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{url} cannot be reached ({said}); check the address, the credentials and the network") from error
 
 
 def connect(url: str) -> tuple[Any, str]:
@@ -105,7 +124,8 @@ def size_of(path: str) -> int:
     if not is_url(path):
         return os.path.getsize(path)
     filesystem, inner = connect(path)
-    return int(filesystem.size(inner) or 0)
+    with reaching(path):
+        return int(filesystem.size(inner) or 0)
 
 
 def stamp(path: str) -> dict[str, Any]:
@@ -114,7 +134,8 @@ def stamp(path: str) -> dict[str, Any]:
         status = os.stat(path)
         return {"size": status.st_size, "changed": status.st_mtime_ns}
     filesystem, inner = connect(path)
-    info = filesystem.info(inner)
+    with reaching(path):
+        info = filesystem.info(inner)
     tags = (info.get(key) for key in ("ETag", "etag", "md5Hash", "LastModified", "mtime", "created"))
     return {"size": info.get("size"), "changed": str(next((tag for tag in tags if tag is not None), ""))}
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from data_tools.errors import UserError
 from data_tools.indexed import IndexedDataset
 from data_tools.manifest import FILE_NAME, Manifest
+from data_tools.storage import connect, is_url, local_path, reaching
 
 ADVISES = hasattr(os, "posix_fadvise")  # not on macOS
 
@@ -108,10 +109,10 @@ class DatasetFolder:
     """
 
     def __init__(self, path: str, cache_dir: str | None = None) -> None:
-        self.path = path
-        self.local = Path(path)
+        self.path = local_path(path)
+        self.local = Path(self.path)
         self._filesystem: Any = None
-        if "://" in path:
+        if is_url(self.path):
             self._connect(cache_dir)
         self.manifest = Manifest.load(self.local if self._filesystem is None else self._fetch(FILE_NAME, always=True).parent)
         if self._filesystem is not None:
@@ -142,14 +143,9 @@ class DatasetFolder:
         return indices, RemoteStorage(self._filesystem, [f"{self._root}/{shard}.bin" for shard in shards])
 
     def _connect(self, cache_dir: str | None) -> None:
-        import fsspec
-
-        try:
-            self._filesystem, self._root = fsspec.core.url_to_fs(self.path.rstrip("/"))
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{self.path} cannot be opened: {error}") from error
-        name = hashlib.sha256(self.path.rstrip("/").encode()).hexdigest()[:16]
-        self.local = Path(cache_dir or "~/.cache/mamba-pretrain/datasets").expanduser() / name
+        address = self.path.rstrip("/")
+        self._filesystem, self._root = connect(address)
+        self.local = Path(cache_dir or "~/.cache/mamba-pretrain/datasets").expanduser() / hashlib.sha256(address.encode()).hexdigest()[:16]
 
     def _fetch(self, name: str, always: bool = False) -> Path:
         """The local copy of a small remote file; several processes may ask at once."""
@@ -163,10 +159,11 @@ class DatasetFolder:
         return target
 
     def _info(self, name: str) -> dict[str, Any]:
-        try:
-            return self._filesystem.info(f"{self._root}/{name}")
-        except FileNotFoundError as error:
-            raise UserError(f"{self.path}/{name} does not exist; upload the whole dataset folder of `mamba-data tokenize`") from error
+        with reaching(f"{self.path}/{name}"):
+            try:
+                return self._filesystem.info(f"{self._root}/{name}")
+            except FileNotFoundError as error:
+                raise UserError(f"{self.path}/{name} does not exist; upload the whole dataset folder of `mamba-data tokenize`") from error
 
 
 @contextmanager

@@ -256,6 +256,8 @@ def test_wrong_options(tmp_path, tokenizers, mamba_data):
         (["tokenize", source, *tokenizer, "--output", tmp_path / "a-file"], "a-file is a file"),
         (["tokenize", source, *tokenizer, "--output", tmp_path / "a-file" / "out"], "cannot be made"),
         (["tokenize", source, *tokenizer, *out, "--encoder", "fastokens"], "does not know tokenizers of kind sentencepiece"),
+        (["tokenize", source, *tokenizer, "--output", "s3://bucket/out"], "s3:/bucket/out is a URL"),
+        (["train-tokenizer", source, "--output", "s3://bucket/out"], "s3:/bucket/out is a URL"),
         (["train-tokenizer", source, *out, "--vocab-size", "5000"], "a vocabulary of 5000 cannot be trained"),
         (["merge", tmp_path / "none"], "is not a dataset"),
     ):

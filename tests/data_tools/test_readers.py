@@ -12,6 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools.errors import UserError
 from data_tools.readers import Problem, read_part
 from data_tools.sources import Part, find_files, plan_datasets, plan_tasks
 from data_tools.storage import combine, file_hash, open_decompressed
@@ -120,6 +121,22 @@ def test_urls_are_read_through_fsspec(texts):
     for source in ("memory://bucket", "memory://bucket/**"):
         tasks = plan_tasks(find_files([source], [], []))
         assert sorted(read(tasks)) == sorted(texts[:40])
+
+
+def test_a_file_url_is_the_path_that_it_names(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["x"]))
+    assert find_files([f"file://{tmp_path}/a.jsonl"], [], []) == [str(tmp_path / "a.jsonl")]
+
+
+def test_what_a_store_refuses_is_one_sentence(monkeypatch):
+    import fsspec
+
+    def refuse(*_, **__):
+        raise RuntimeError("no credentials\nmore words")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "find", refuse)
+    with pytest.raises(UserError, match=r"memory://bucket cannot be reached \(no credentials\); check"):
+        find_files(["memory://bucket"], [], [])
 
 
 def test_a_zstd_file_that_ends_between_frames_is_whole(tmp_path):

@@ -46,6 +46,11 @@ def paths(prefix: str | Path) -> tuple[Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
+def index_size(sequences: int, documents: int) -> int:
+    """Bytes of an ``.idx`` with so many sequences and document indices (one more than there are documents)."""
+    return HEADER.size + 12 * sequences + 8 * documents
+
+
 def index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
     """The whole ``.idx`` for documents of these lengths."""
     lengths = np.ascontiguousarray(lengths, dtype=np.int32)
@@ -136,7 +141,7 @@ class IndexedDataset:
         _, version, code, n_sequences, n_documents = HEADER.unpack(head)
         if version != VERSION or code not in DTYPES:
             raise UserError(f"{self.idx_path} has version {version} and dtype code {code}, which are unknown; tokenize again")
-        expected = HEADER.size + 12 * n_sequences + 8 * n_documents
+        expected = index_size(n_sequences, n_documents)
         if size != expected:
             raise UserError(
                 f"{self.idx_path} has {size} bytes instead of {expected}: it is truncated or damaged; copy it again or tokenize again"

@@ -23,9 +23,9 @@ import numpy as np
 from data_tools import dedup, folders
 from data_tools.errors import UserError
 from data_tools.manifest import FILE_NAME, SPLITS, Manifest, Shard, Split, TokenizerInfo
+from data_tools.parts import Part, Task
 from data_tools.pool import Pool
 from data_tools.progress import Progress
-from data_tools.sources import Part, Task
 from data_tools.storage import combine, is_url, make_durable, stamp, write_whole
 from data_tools.tokenizers import Tokenizer, load_tokenizer
 from data_tools.worker import Options, Plan, TaskResult, documents, open_choice, open_tokenize_job, warm_up

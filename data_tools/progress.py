@@ -50,7 +50,10 @@ class Progress:
             print(f"{self.title}: {self.bytes / self.total:.0%}  {self._counts()}{left}", file=sys.stderr, flush=True)
 
     def _counts(self) -> str:
-        rate = (self.tokens - self._before) / max(1e-9, time.monotonic() - self._began)
+        seconds = max(1e-9, time.monotonic() - self._began)
+        if not self.documents:  # nothing is made, text is only read
+            return f"{self.bytes / 1e6:,.1f} MB  {self.bytes / 1e6 / seconds:,.0f} MB/s"
+        rate = (self.tokens - self._before) / seconds
         return f"{self.documents:,} documents  {self.tokens:,} tokens  {rate / 1e6:.2f}M tokens/s"
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

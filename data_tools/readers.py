@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from data_tools.errors import UserError
-from data_tools.sources import Part
+from data_tools.parts import Part
 from data_tools.storage import COMPRESSED, READ_ERRORS, hash_blocks, is_url, open_decompressed, open_raw
 
 DATASET_SHARD = 256 << 20  # bytes of a saved dataset that make one task

@@ -7,39 +7,18 @@ import glob
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from data_tools.errors import UserError
-from data_tools.storage import COMPRESSED, HASH_BLOCK, block_count, connect, is_url, local_path, reaching, size_of, stamp
+from data_tools.parts import Part, Task
+from data_tools.readers import dataset_shards, open_parquet
+from data_tools.storage import COMPRESSED, HASH_BLOCK, block_count, connect, is_url, local_path, reaching, size_of
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".html", ".tex")
 JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson")
-KINDS = ("text", "jsonl", "parquet", "arrow")
 SMALLEST_TASK, LARGEST_TASK = 8 << 20, 512 << 20  # bytes of input
 TASKS_WANTED = 512
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of an input: of a JSONL file bytes ``begin`` ... ``end``, of a Parquet file those row groups, of a ``datasets`` dataset shard
-    ``begin`` of ``end``. ``end`` -1 is the end. ``blocks`` are the blocks whose checksum goes with this part (see ``storage.HASH_BLOCK``).
-    """
-
-    path: str
-    kind: str  # text | jsonl | parquet | arrow | dataset
-    size: int
-    begin: int = 0
-    end: int = -1
-    blocks: tuple[int, int] = (0, 0)
-
-    def identity(self) -> dict[str, Any]:
-        """Plain data that changes when the part or its file changes."""
-        return {**asdict(self), **({} if self.kind == "dataset" else stamp(self.path))}
-
-
-Task = list[Part]
 
 
 def find_files(sources: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> list[str]:
@@ -162,8 +141,6 @@ def _cut(whole: Part, wanted: int) -> list[Part]:
 def _row_group_sizes(path: str) -> list[int]:
     import pyarrow.parquet as pq
 
-    from data_tools.readers import open_parquet
-
     metadata: pq.FileMetaData = open_parquet(path).metadata
     return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
 
@@ -180,8 +157,6 @@ def _cut_rows(whole: Part, sizes: list[int], wanted: int) -> list[Part]:
 
 def plan_datasets(names: Sequence[str]) -> list[Task]:
     """One task for each shard of each ``datasets`` dataset (see ``readers.load_dataset``)."""
-    from data_tools.readers import dataset_shards
-
     tasks: list[Task] = []
     for name in names:
         count = dataset_shards(name)

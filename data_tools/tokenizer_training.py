@@ -11,8 +11,8 @@ from pathlib import Path
 
 from data_tools import folders
 from data_tools.errors import UserError
+from data_tools.parts import Task
 from data_tools.readers import Problem, read_part
-from data_tools.sources import Task
 from data_tools.storage import write_whole
 from data_tools.tokenizers import SENTENCEPIECE_FILE, SentencePieceTokenizer
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.errors import UserError
-from data_tools.indexed import IndexedDataset, paths
+from data_tools.indexed import IndexedDataset, index_size, paths
 from data_tools.manifest import Manifest, Shard, xxh3
 from data_tools.storage import file_hash
 from data_tools.tokenizers import load_tokenizer
@@ -45,11 +45,14 @@ def _strangers(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _file_problems(folder: Path, shard: Shard) -> Iterator[str]:
-    for path, expected in zip(paths(folder / shard.path), (shard.xxh3_bin, shard.xxh3_idx), strict=True):
+    sizes = (shard.tokens * np.dtype(shard.dtype).itemsize, index_size(shard.documents, shard.documents + 1))
+    for path, size, expected in zip(paths(folder / shard.path), sizes, (shard.xxh3_bin, shard.xxh3_idx), strict=True):
         if not path.is_file():
             yield f"{path} is missing"
+        elif (found := path.stat().st_size) != size:
+            yield f"{path} has {found} bytes instead of {size}: it is {'truncated' if found < size else 'damaged'}"
         elif xxh3(path) != expected:
-            yield f"{path} has another checksum than when it was written (it has {path.stat().st_size} bytes)"
+            yield f"{path} has another checksum than when it was written: some of its bytes changed"
 
 
 def _content_problems(folder: Path, shard: Shard, manifest: Manifest) -> Iterator[str]:

@@ -17,9 +17,9 @@ from data_tools.errors import UserError
 from data_tools.indexed import IndexedWriter, best_dtype
 from data_tools.manifest import SPLITS, Shard
 from data_tools.memory import give_back_memory
+from data_tools.parts import Task
 from data_tools.pool import Report
 from data_tools.readers import Problem, read_part
-from data_tools.sources import Task
 from data_tools.storage import write_whole
 from data_tools.tokenizers import Tokenizer, load_tokenizer
 

@@ -13,7 +13,7 @@ from data_tools.cli.options import DATASETS, EXCLUDE, FILES_FROM, FORMAT, INCLUD
 from data_tools.errors import UserError
 
 if TYPE_CHECKING:
-    from data_tools.sources import Task
+    from data_tools.parts import Task
 
 
 class TokenizerModel(str, Enum):

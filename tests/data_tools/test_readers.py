@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.errors import UserError
+from data_tools.parts import Part
 from data_tools.readers import Problem, read_part
-from data_tools.sources import Part, find_files, plan_datasets, plan_tasks
+from data_tools.sources import find_files, plan_datasets, plan_tasks
 from data_tools.storage import combine, file_hash, open_decompressed
 
 

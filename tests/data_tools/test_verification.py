@@ -42,7 +42,8 @@ def test_a_flipped_bit(dataset, name, position):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda d: (d / "train/00000.bin").write_bytes((d / "train/00000.bin").read_bytes()[:-2]), "another checksum"),
+        (lambda d: (d / "train/00000.bin").write_bytes((d / "train/00000.bin").read_bytes()[:-2]), "it is truncated"),
+        (lambda d: (d / "train/00000.idx").write_bytes((d / "train/00000.idx").read_bytes() + b"x"), "it is damaged"),
         (lambda d: (d / "train/00000.idx").unlink(), "00000.idx is missing"),
         (lambda d: shutil.rmtree(d / "validation"), "validation/00000.bin is missing"),
         (lambda d: (d / "train/00007.bin").write_bytes(b"x"), "00007.bin is not in the manifest"),

@@ -114,8 +114,8 @@ def split_file(path: Path, folder: Path) -> None:
         (folder / f"{number}.jsonl").write_bytes(b"".join(lines[number::WORKERS]))
 
 
-def tree_memory(process: Any) -> float:
-    """GB in use by a process and its descendants; pages that several share count once (proportional set size)."""
+def look_at(process: Any, processor_seconds: dict[int, float]) -> float:
+    """GB in use by a process and its descendants; pages that several share count once (proportional set size). Notes the processor time of each."""
     import psutil
 
     total = 0
@@ -123,6 +123,8 @@ def tree_memory(process: Any) -> float:
         for one in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 total += one.memory_full_info().pss
+                times = one.cpu_times()
+                processor_seconds[one.pid] = times.user + times.system
     return total / 1e9
 
 
@@ -141,11 +143,12 @@ def run(program: Program, scratch: Path) -> None:
     out.mkdir()
     command = [part.replace("OUT", str(out)) for part in program.command]
     before = children_time()
+    seen: dict[int, float] = {}
     with (scratch / "log").open("w+") as log:
         begin = time.perf_counter()
         process = psutil.Popen(command, stdout=log, stderr=log, cwd=program.folder, env={**os.environ, "HF_HUB_OFFLINE": "1"})
         while process.poll() is None:
-            program.peak_gb = max(program.peak_gb, tree_memory(process))
+            program.peak_gb = max(program.peak_gb, look_at(process, seen))
             time.sleep(0.05)
         seconds = time.perf_counter() - begin
         log.seek(0)
@@ -153,7 +156,9 @@ def run(program: Program, scratch: Path) -> None:
     if process.returncode:
         sys.exit(f"{program.name} failed:\n{printed[-3000:]}")
     program.seconds.append(float(printed.split()[-1]) if program.own else seconds)
-    program.processor_seconds.append(float(printed.split()[-2]) if program.own else children_time() - before)
+    # Some programs never wait for their workers, whose time is then not among the children's: as last seen it is.
+    used = max(children_time() - before, sum(seen.values()))
+    program.processor_seconds.append(float(printed.split()[-2]) if program.own else used)
     print(f"{program.name}: {program.seconds[-1]:.2f} s  (peak {program.peak_gb:.2f} GB)", flush=True)
 
 

@@ -17,8 +17,11 @@ from mamba_pretrain.monitor.planning.activations import BlockCost, Options, bloc
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 FP32, BF16 = 4, 2
 ADAM_MOMENTS = 2 * FP32
-# Elements of a chunk of logits in ops/cross_entropy.py on CUDA, and bytes per element at its peak (bf16 beside fp32).
-LOGIT_CHUNK, LOGIT_BYTES = 1 << 28, 6
+# Elements of a chunk of logits in ops/cross_entropy.py on CUDA. The Triton loss turns them into their gradient in place; the reference
+# holds log-probabilities (fp32) and gradients beside them.
+LOGIT_CHUNK = 1 << 28
+# cuBLAS takes its workspaces (32 MiB, and as much again for cuBLASLt) from torch's allocator, where they count as live.
+LIBRARY_BYTES = 2 * (32 << 20)
 DEEPSPEED_BUCKET = 500_000_000  # elements of DeepSpeed's reduce and all-gather buckets, its default
 BATCH_BYTES = 2 * (8 + 8 + 4 + 8)  # tokens, labels, seq_idx, positions of this and the next micro-batch, per token
 # What a GPU needs beyond live tensors: CUDA context, NCCL buffers and libraries in bytes, and fragmentation as a share of the peak.
@@ -132,7 +135,7 @@ class _Timeline:
     ) -> None:
         mixed = options.compute is not None
         self.config, self.shape, self.split, self.tokens = config, shape, split, micro_batch * length
-        self.compute_bytes = BF16 if mixed else FP32
+        self.compute_bytes, self.fused = BF16 if mixed else FP32, options.fused
         self.costs = [costs[mixer] for mixer in config.layer_mixers]
         self.gathers = split.strategy in ("fsdp2", "hsdp") and split.world > 1
         if mixed and self.gathers:
@@ -146,6 +149,7 @@ class _Timeline:
             "optimizer": moments_bytes * shape.total * split.optimizer_share,
             "communication": self._communication(),
             # An attention layer's mask (b, 1, l, l) is shared by all of them.
+            "libraries": float(LIBRARY_BYTES if options.fused else 0),
             "batch": BATCH_BYTES * self.tokens + (self.tokens * length if "attention" in config.layer_mixers else 0),
         }
         if split.strategy.startswith("zero"):
@@ -188,7 +192,8 @@ class _Timeline:
         hidden = self.compute_bytes * d * self.tokens
         norm = FP32 * d * self.tokens
         cast = self.compute_bytes * table if self.compute_bytes != FP32 else 0.0
-        forward: dict[str, float] = {"loss": 2 * hidden + FP32 * table + cast + LOGIT_BYTES * chunk_rows * rows}
+        per_logit = self.compute_bytes if self.fused else 2 * self.compute_bytes + FP32
+        forward: dict[str, float] = {"loss": 2 * hidden + FP32 * table + cast + per_logit * chunk_rows * rows}
         backward: dict[str, float] = {"loss": 2 * hidden + 2 * FP32 * table}
         return [
             self._moment("loss, forward", saved + norm, working=self.casts, extra=forward),

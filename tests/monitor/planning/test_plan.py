@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 
 from data_tools.errors import UserError
+from mamba_pretrain.config import load_config
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.monitor.planning import advice, communication, memory, speed
@@ -20,6 +22,7 @@ from mamba_pretrain.monitor.planning.show import show_found, show_plan
 
 MakeConfig = Callable[..., Any]
 TABLE = list(speed.PEER_TABLE)
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def shape_of(config: ModelConfig) -> memory.Shape:
@@ -80,6 +83,30 @@ def test_peak_of_a_tiny_batch_is_the_state_of_the_whole_model() -> None:
     found = memory.estimate(config, shape_of(config), memory.sharding("single", 1), 1, 128)
     assert found.moment in ("optimizer step", "backward pass of block 0")
     assert found.peak == pytest.approx(16 * shape_of(config).total, rel=0.02)
+
+
+# Records of training on an H100 with the model's config, micro-batch, accumulation; where the measured peak stands, in GB.
+MEASURED: list[tuple[str, str, int, int, Callable[[Any], float]]] = [
+    ("gpu_training", "mamba1/130m", 16, 2, lambda found: found["training"]["mamba1-130m"]["memory_gb"]),
+    ("gpu_training", "mamba2/130m", 16, 2, lambda found: found["training"]["mamba2-130m"]["memory_gb"]),
+    ("train_step", "mamba1/370m", 16, 1, lambda found: found["comparisons"][0]["ours"]["peak_gb"]),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "micro_batch", "accumulation", "peak"), MEASURED, ids=lambda value: str(value)[:12])
+def test_peaks_measured_on_an_h100(name: str, config: str, micro_batch: int, accumulation: int, peak: Callable[[Any], float]) -> None:
+    """Each training run that recorded its peak before the plan's own benchmark did."""
+    first = min((REPOSITORY / "benchmarks" / "results").glob(f"{name}-nvidia-h100-*.json"))
+    model = load_config(REPOSITORY / "configs" / f"{config}.yaml").model
+    planned = memory.estimate(model, shape_of(model), memory.sharding("single", 1), micro_batch, 2048, accumulation).peak
+    assert planned / 1e9 == pytest.approx(peak(json.loads(first.read_text())), rel=0.10)
+
+
+def test_the_loss_holds_a_chunk_of_logits_once_where_it_is_fused() -> None:
+    config = ModelConfig(mixer="mamba1", n_layer=1, d_model=64, vocab_size=50000, pad_vocab_size_multiple=16)
+    shape, one = shape_of(config), memory.sharding("single", 1)
+    fused, plain = (memory.estimate(config, shape, one, 1, 4096, options=Options(fused=fused)).parts["loss"] for fused in (True, False))
+    assert plain - fused == 6 * 4096 * config.padded_vocab_size
 
 
 def test_find_proposes_what_fits_and_is_fastest(run_config: MakeConfig) -> None:

@@ -1,6 +1,6 @@
 """Mamba-2's scan on CPUs by a C kernel of our own: custom operators with gradients, and their registration.
 
-The recurrence itself instead of matmuls over chunks; results do not depend on the number of threads.
+Small matrix products over short chunks whose operands stay in the cache; results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ SOURCE = "ssd_scan"
 KEEP = 64  # steps between kept states
 TASK_HEADS = 4
 BLOCK = 64  # channels of a head that are handled together
+ROWS = 8  # the state is padded to a multiple
 
 Params = struct(
     "Params",
@@ -85,7 +86,7 @@ def _run(function: str, inputs: tuple[Tensor | None, ...], limits: tuple[float, 
 
 def _outputs(x: Tensor, B: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     (batch, length, heads, headdim), states = x.shape, B.shape[3]
-    kept = (batch, -(-length // KEEP), heads, -(-headdim // BLOCK), states, BLOCK)
+    kept = (batch, -(-length // KEEP), heads, -(-headdim // BLOCK), -(-states // ROWS) * ROWS, BLOCK)
     return x.new_empty(x.shape), x.new_empty(batch, heads, headdim, states), x.new_empty(kept if save else (0,))
 
 

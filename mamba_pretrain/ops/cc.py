@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "c_src"
 OPTIONS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC")
-NATIVE = "-march=native"
+# What not every compiler knows, the best first: threads that are torch's own, and this machine's instruction set instead of any of its kind.
+EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 PATIENCE = 120  # seconds for one compilation
 
 
@@ -100,12 +101,12 @@ def _build(name: str, entry: Path) -> ctypes.CDLL:
 
 
 def _compile(name: str, made: Path) -> None:
-    """For this machine's instruction set, or, where the compiler does not know it, for any of its kind."""
-    command = [str(compiler()), *OPTIONS, "-o", str(made), str(SOURCES / f"{name}.c"), "-lm"]
-    native = subprocess.run([*command, NATIVE], capture_output=True, text=True, timeout=PATIENCE, check=False)
-    if native.returncode:
-        log.warning("%s does not take %s; compiling for any machine of this kind", compiler(), NATIVE)
-        subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    for extras in EXTRAS:
+        command = [str(compiler()), *OPTIONS, *extras, "-o", str(made), str(SOURCES / f"{name}.c"), "-lm"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=not extras)
+        if result.returncode == 0:
+            return
+        log.warning("%s does not take %s; trying without", compiler(), " ".join(extras))
 
 
 @functools.cache
@@ -113,7 +114,7 @@ def _key(name: str) -> str:
     version = subprocess.run([str(compiler()), "--version"], capture_output=True, text=True, timeout=PATIENCE, check=False).stdout
     sources = [*sorted(SOURCES.glob("*.h")), SOURCES / f"{name}.c"]
     digest = hashlib.sha256()
-    for part in (version, *OPTIONS, _instructions(), *(path.read_text() for path in sources)):
+    for part in (version, *OPTIONS, str(EXTRAS), _instructions(), *(path.read_text() for path in sources)):
         digest.update(hashlib.sha256(part.encode()).digest())
     return digest.hexdigest()[:24]
 
@@ -135,24 +136,23 @@ def _first_line(error: Exception) -> str:
 # -- calls --------------------------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="c-kernel")
-
-
 def run(name: str, function: str, arguments: Any, tasks: int) -> None:
-    """Calls ``function(&arguments, first, last)`` of ``c_src/name.c`` over all tasks, on as many threads as torch uses.
-
-    ctypes releases the interpreter's lock, so Python's threads do; a runtime of their own (OpenMP) would get into torch's way.
-    """
-    call = getattr(library(name), function)
-    call.restype = None
-    call.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    """Calls ``function(&arguments, first, last)`` of ``c_src/name.c`` over all tasks, on as many threads as torch uses."""
+    loaded = library(name)
+    call = getattr(loaded, function)
+    where = ctypes.c_void_p(ctypes.addressof(arguments))
     threads = max(1, min(torch.get_num_threads(), tasks))
-    bounds = [tasks * i // threads for i in range(threads + 1)]
-    where = ctypes.addressof(arguments)
+    if ctypes.c_int.in_dll(loaded, "has_openmp"):
+        loaded.run_tasks(call, where, ctypes.c_int64(tasks), ctypes.c_int64(threads))
+        return
+    bounds = [ctypes.c_int64(tasks * i // threads) for i in range(threads + 1)]
     mine, *rest = pairwise(bounds)
-    others = [_pool(threads).submit(call, where, *part) for part in rest]
+    others = [_pool(threads).submit(call, where, *part) for part in rest]  # ctypes releases the interpreter's lock
     call(where, *mine)
     for other in others:
         other.result()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="c-kernel")

@@ -37,6 +37,7 @@ PROVIDERS = (
     "c_scan",
     "c_conv",
     "c_ssd",
+    "c_norm",
     "flops",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mamba_pretrain.ops import cc, registry
+from mamba_pretrain.ops.causal_conv1d import causal_conv1d
 from mamba_pretrain.ops.kernel_cache import VARIABLE
 
 pytestmark = pytest.mark.skipif(cc.compiler() is None, reason="there is no C compiler")
@@ -61,14 +63,23 @@ def test_many_processes_may_start_at_once(folder):
     assert [entry.suffix for entry in folder.iterdir()] == [".so"]
 
 
-def test_a_compiler_that_knows_no_native_instructions(folder, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("unknown", "openmp"), [("-march=native", 0), ("-fopenmp", 0), ("-nothing", 1)])
+def test_a_compiler_that_knows_less(unknown, openmp, tmp_path, monkeypatch):
+    """Whatever it lacks, the library works, on OpenMP's threads or on Python's."""
     compiler = tmp_path / "old-cc"
-    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-march=native*) exit 1;; esac\nexec {cc.compiler()} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *{unknown}*) exit 1;; esac\nexec {cc.compiler()} "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     forget()
     assert cc.unavailable(NAME) is None
-    assert "does not take -march=native" in caplog.text
+    assert ctypes.c_int.in_dll(cc.library(NAME), "has_openmp").value == openmp
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 50, 300), torch.randn(300, 4)
+    with registry.using(causal_conv1d="reference"):
+        expected = causal_conv1d(x, weight)
+    with registry.using(causal_conv1d="c"):
+        torch.testing.assert_close(causal_conv1d(x, weight), expected)
 
 
 @pytest.mark.parametrize(("compiler", "reason"), [("/nowhere/cc", "there is no C compiler"), ("false", "could not build it")])

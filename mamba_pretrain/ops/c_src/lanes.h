@@ -28,6 +28,13 @@ INLINE float* at(const struct rows* rows, int64_t batch, int64_t step) {
 
 INLINE vec splat(float x) { return x - (vec){0}; }
 
+// Compilers like to fetch an operand from memory at each of its uses instead; that doubles the loads of a matrix product.
+#ifdef __AVX512F__
+#define KEEP_IN_REGISTER(x) __asm__("" : "+v"(x))
+#else
+#define KEEP_IN_REGISTER(x) (void)(x)
+#endif
+
 INLINE vec load(const float* from, int64_t lanes) {
     vec x = {0};
     if (lanes >= LANES)
@@ -97,3 +104,18 @@ INLINE vec vsoftplus(vec x) {
 INLINE vec* vectors(int64_t count) { return (vec*)aligned_alloc(4 * LANES, (size_t)count * sizeof(vec)); }
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Runs function(arguments, first, last) over all tasks on so many threads. With OpenMP they are torch's own: other threads would compete with
+// those, which wait for work without sleeping.
+typedef void run_function(const void* arguments, int64_t first, int64_t last);
+
+void run_tasks(run_function* function, const void* arguments, int64_t tasks, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int64_t i = 0; i < threads; ++i) function(arguments, tasks * i / threads, tasks * (i + 1) / threads);
+}
+
+#ifdef _OPENMP
+const int has_openmp = 1;
+#else
+const int has_openmp = 0;
+#endif

@@ -1,13 +1,16 @@
 // Mamba-2's scan: ops/ssd_scan.py says what is computed, ops/c_ssd.py who owns the memory.
 //
-// The recurrence itself, step by step, with one head's (state x BLOCK x LANES) numbers in the nearest cache: on a CPU it needs no more
-// arithmetic than the chunked form by matmuls, and a fraction of the memory traffic. A task is one row of the batch and up to HEADS heads of one
-// group; tasks share nothing, so results do not depend on how many threads run them. For the backward pass the forward pass keeps the state
-// before every KEEP steps; from it the states before every CHUNK steps are computed again, and from those a chunk's.
+// The chunked algorithm of arXiv:2405.21060, section 6, with chunks of as many steps as a vector has lanes: inside a chunk and between a chunk
+// and the state before it everything is a small matrix product whose operands lie in the nearest caches. Decays between two steps are products of
+// the steps' own, so nothing overflows and a document's start makes them exactly zero. A task is one row of the batch and up to HEADS heads of
+// one group; tasks share nothing, so results do not depend on how many threads run them. For the backward pass the forward pass keeps the state
+// before every KEEP steps (a span); from it the states before the span's chunks are computed again.
+//
+// Names as in the paper: state S (n, p), y = C S + D x, S += B (dt x). T marks a transposed matrix, whose vectors run over a chunk's steps.
 
 #include "lanes.h"
 
-enum { KEEP = 64, CHUNK = 16, HEADS = 4, BLOCK = 4 };
+enum { CHUNK = LANES, KEEP = 64, SPAN = KEEP / CHUNK, HEADS = 4, BLOCK = 4, WIDTH = BLOCK * LANES, ROWS = 8 };
 
 struct ssd {
     struct rows x, dt, z, B, C, dy;  // x, z, dy (b, l, h * p); dt (b, l, h); B, C (b, l, g * n)
@@ -15,7 +18,7 @@ struct ssd {
     const uint8_t* starts;           // (b, l)
     const float *initial, *dfinal;   // (b, h, p, n)
     float *y, *final;
-    float* checkpoints;        // (b, kept, h, blocks, n, BLOCK, LANES): states before every KEEP steps
+    float* checkpoints;        // (b, spans, h, blocks, padded n, WIDTH): states before every KEEP steps
     float *dx, *ddt, *dz;      // (b, l, h * p), (b, l, h)
     float *dA, *dD, *dbias;    // sums of each row: (b, h)
     float *dB, *dC, *dinitial;  // sums of each task: (b, g, parts, l, n); (b, h, p, n)
@@ -32,7 +35,10 @@ struct place {
     int64_t batch, head, block, lanes;  // of up to BLOCK vectors of one head; lanes may be more than they hold
 };
 
-INLINE int64_t blocks_of(const struct ssd* s) { return (s->headdim + BLOCK * LANES - 1) / (BLOCK * LANES); }
+INLINE int64_t blocks_of(const struct ssd* s) { return (s->headdim + WIDTH - 1) / WIDTH; }
+
+// States, padded with zeros to whole rows of a product.
+INLINE int64_t padded_states(const struct ssd* s) { return (s->states + ROWS - 1) / ROWS * ROWS; }
 
 INLINE struct task task_of(const struct ssd* s, int64_t number) {
     int64_t per_group = s->heads / s->groups, parts = (per_group + HEADS - 1) / HEADS;
@@ -41,250 +47,445 @@ INLINE struct task task_of(const struct ssd* s, int64_t number) {
 }
 
 INLINE struct place place_of(const struct ssd* s, struct task task, int64_t head, int64_t block) {
-    return (struct place){task.batch, head, block, s->headdim - block * BLOCK * LANES};
+    return (struct place){task.batch, head, block, s->headdim - block * WIDTH};
 }
 
-// Vectors of a block that hold anything.
-INLINE int64_t vectors_in(struct place p) { return smaller(BLOCK, (p.lanes + LANES - 1) / LANES); }
+INLINE int64_t channel(const struct ssd* s, struct place p) { return p.head * s->headdim + p.block * WIDTH; }
 
-INLINE int64_t channel(const struct ssd* s, struct place p) { return p.head * s->headdim + p.block * BLOCK * LANES; }
+// Where a place's state lies among those of a task: (HEADS, blocks, padded n, BLOCK).
+INLINE vec* state_of(const struct ssd* s, struct task task, struct place p, vec* states) {
+    return states + ((p.head - task.first) * blocks_of(s) + p.block) * padded_states(s) * BLOCK;
+}
 
-INLINE vec* checkpoint(const struct ssd* s, struct place p, int64_t number) {
-    int64_t kept = (s->length + KEEP - 1) / KEEP;
-    int64_t before = ((p.batch * kept + number) * s->heads + p.head) * blocks_of(s) + p.block;
-    return (vec*)s->checkpoints + before * s->states * BLOCK;
+INLINE vec* checkpoint(const struct ssd* s, struct place p, int64_t span) {
+    int64_t spans = (s->length + KEEP - 1) / KEEP;
+    int64_t before = ((p.batch * spans + span) * s->heads + p.head) * blocks_of(s) + p.block;
+    return (vec*)s->checkpoints + before * padded_states(s) * BLOCK;
 }
 
 // A state in memory, (p, n) for each head, to (n, BLOCK) vectors and back. Zero where there is none.
-INLINE void read_state(const struct ssd* s, struct place p, const float* states, vec* h) {
-    int64_t N = s->states, from = ((p.batch * s->heads + p.head) * s->headdim + p.block * BLOCK * LANES) * N;
-    for (int64_t n = 0; n < N; ++n)
-        for (int64_t v = 0; v < BLOCK; ++v)
-            h[n * BLOCK + v] = states && p.lanes > v * LANES ? gather(states + from + v * LANES * N + n, N, p.lanes - v * LANES) : splat(0.0f);
+INLINE void read_state(const struct ssd* s, struct place p, const float* states, vec* S) {
+    int64_t N = s->states, from = ((p.batch * s->heads + p.head) * s->headdim + p.block * WIDTH) * N;
+    memset(S, 0, padded_states(s) * BLOCK * sizeof(vec));
+    for (int64_t n = 0; states && n < N; ++n)
+        for (int64_t v = 0; v * LANES < p.lanes && v < BLOCK; ++v) S[n * BLOCK + v] = gather(states + from + v * LANES * N + n, N, p.lanes - v * LANES);
 }
 
-INLINE void write_state(const struct ssd* s, struct place p, float* states, const vec* h) {
-    int64_t N = s->states, to = ((p.batch * s->heads + p.head) * s->headdim + p.block * BLOCK * LANES) * N;
+INLINE void write_state(const struct ssd* s, struct place p, float* states, const vec* S) {
+    int64_t N = s->states, to = ((p.batch * s->heads + p.head) * s->headdim + p.block * WIDTH) * N;
     for (int64_t n = 0; n < N; ++n)
-        for (int64_t v = 0; v < vectors_in(p); ++v) scatter(states + to + v * LANES * N + n, N, h[n * BLOCK + v], p.lanes - v * LANES);
+        for (int64_t v = 0; v * LANES < p.lanes && v < BLOCK; ++v) scatter(states + to + v * LANES * N + n, N, S[n * BLOCK + v], p.lanes - v * LANES);
 }
 
-// What a step's size does: dt after bias, softplus and limits; the decay; and how the raw value moves dt.
-struct steps {
-    float dt[KEEP], decay[KEEP], slope[KEEP];
-    int start[KEEP];
+// out[r][v] += sum over k of a[r][k] b[k][v], for R rows and V vectors, both constants at every call: the sums live in registers.
+INLINE void multiply(vec* out, int64_t out_row, const float* a, int64_t a_row, int64_t a_step, const vec* b, int64_t b_step, int64_t K, const int R,
+                     const int V) {
+    vec total[ROWS * BLOCK];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) total[r * V + v] = splat(0.0f);
+    for (int64_t k = 0; k < K; ++k) {
+        vec row[BLOCK];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            row[v] = b[k * b_step + v];
+            KEEP_IN_REGISTER(row[v]);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) total[r * V + v] += a[r * a_row + k * a_step] * row[v];
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) out[r * out_row + v] += total[r * V + v];
+}
+
+// The same for any number of rows, a multiple of 4.
+INLINE void product(vec* out, int64_t out_row, const float* a, int64_t a_row, int64_t a_step, const vec* b, int64_t b_step, int64_t K, int64_t rows,
+                    const int V) {
+    for (int64_t r = 0; r < rows; r += 4) multiply(out + r * out_row, out_row, a + r * a_row, a_row, a_step, b, b_step, K, 4, V);
+}
+
+// The same with single vectors, for a multiple of ROWS rows.
+INLINE void product_of_vectors(vec* out, const float* a, int64_t a_row, int64_t a_step, const vec* b, int64_t K, int64_t rows) {
+    for (int64_t r = 0; r < rows; r += ROWS) multiply(out + r, 1, a + r * a_row, a_row, a_step, b, 1, K, ROWS, 1);
+}
+
+// -- what the heads of a group share in one chunk ---------------------------------------------------------------------------------------------
+
+struct shared {
+    float *B, *C;        // (CHUNK, padded n); zero past the end of the sequence
+    vec *BT, *CT;        // (padded n)
+    vec scores[CHUNK];   // [i][j]: C_i . B_j
+    vec *dBT, *dCT;      // sums over heads
+    vec dscores[CHUNK];
 };
 
-INLINE void read_steps(const struct ssd* s, int64_t batch, int64_t head, int64_t first, struct steps* k) {
-    int64_t count = smaller(KEEP, s->length - first);
-    for (int64_t i = 0; i < count; ++i) {
-        float raw = at(&s->dt, batch, first + i)[head] + (s->bias ? s->bias[head] : 0.0f);
-        float soft = raw > 0.0f ? raw + log1pf(expf(-raw)) : log1pf(expf(raw));
-        int inside = soft >= s->dt_min && soft <= s->dt_max;
-        k->dt[i] = soft < s->dt_min ? s->dt_min : soft > s->dt_max ? s->dt_max : soft;
-        k->slope[i] = inside ? 1.0f / (1.0f + expf(-raw)) : 0.0f;
-        k->start[i] = s->starts && s->starts[batch * s->length + first + i];
-        k->decay[i] = k->start[i] ? 0.0f : expf(k->dt[i] * s->A[head]);
-    }
+INLINE int64_t shared_size(const struct ssd* s) { return 6 * padded_states(s); }
+
+INLINE void place_shared(const struct ssd* s, struct shared* to, vec* memory) {
+    int64_t M = padded_states(s);
+    to->B = (float*)memory, to->C = (float*)(memory + M);
+    to->BT = memory + 2 * M, to->CT = memory + 3 * M, to->dBT = memory + 4 * M, to->dCT = memory + 5 * M;
 }
 
-INLINE const float* shared(const struct rows* rows, struct task task, int64_t t, int64_t N) { return at(rows, task.batch, t) + task.group * N; }
-
-// after = decay before + x B, and y = C . after, for V vectors. Where a document begins, what was before does not count, whatever it was.
-INLINE void advance(vec* after, const vec* before, float decay, int start, const vec* x, const float* B, const float* C, vec* y, int64_t N,
-                    const int64_t V) {
-    static const vec nothing[BLOCK];
-    for (int64_t v = 0; v < V; ++v) y[v] = splat(0.0f);
-    for (int64_t n = 0; n < N; ++n) {
-        const vec* from = start ? nothing : before + n * BLOCK;
-        for (int64_t v = 0; v < V; ++v) {
-            vec h = from[v] * decay + x[v] * B[n];
-            after[n * BLOCK + v] = h;
-            y[v] += h * C[n];
+INLINE void read_shared(const struct ssd* s, struct task task, int64_t first, struct shared* to) {
+    int64_t M = padded_states(s), steps = smaller(CHUNK, s->length - first);
+    memset(to->B, 0, shared_size(s) * sizeof(vec));
+    memset(to->scores, 0, sizeof to->scores), memset(to->dscores, 0, sizeof to->dscores);
+    for (int64_t i = 0; i < steps; ++i) {
+        const float *B = at(&s->B, task.batch, first + i) + task.group * s->states, *C = at(&s->C, task.batch, first + i) + task.group * s->states;
+        memcpy(to->B + i * M, B, s->states * sizeof(float));
+        memcpy(to->C + i * M, C, s->states * sizeof(float));
+        for (int64_t n = 0; n < s->states; ++n) {
+            ((float*)to->BT)[n * CHUNK + i] = B[n];
+            ((float*)to->CT)[n * CHUNK + i] = C[n];
         }
     }
+    product_of_vectors(to->scores, to->C, M, 1, to->BT, M, CHUNK);
 }
 
-INLINE void forward_block(const struct ssd* s, struct task task, struct place p, vec* h, const int64_t V) {
-    int64_t N = s->states, width = s->heads * s->headdim;
-    struct steps k;
-    read_state(s, p, s->initial, h);
-    for (int64_t t = 0; t < s->length; ++t) {
-        int64_t i = t % KEEP;
-        if (i == 0) {
-            read_steps(s, p.batch, p.head, t, &k);
-            if (s->checkpoints) memcpy(checkpoint(s, p, t / KEEP), h, N * BLOCK * sizeof(vec));
+// -- what a head's step sizes do in one chunk -------------------------------------------------------------------------------------------------
+
+struct decays {
+    float dt[CHUNK], slope[CHUNK];  // after bias, softplus and limits; and how the raw value moves it
+    float from_before[CHUNK];       // decay of the state before the chunk up to step i
+    vec between[CHUNK];             // [i][j]: from step j to step i; the last row is to the chunk's end
+    vec mixing[CHUNK];              // between * scores
+    float total;
+};
+
+INLINE void read_decays(const struct ssd* s, struct place p, int64_t first, const struct shared* shared, struct decays* to) {
+    float before = 1.0f;
+    vec row = splat(0.0f);
+    for (int64_t i = 0; i < CHUNK; ++i) {
+        int64_t t = first + i;
+        float decay = 1.0f;  // past the end of the sequence a step of size 0 changes nothing
+        to->dt[i] = to->slope[i] = 0.0f;
+        if (t < s->length) {
+            float raw = at(&s->dt, p.batch, t)[p.head] + (s->bias ? s->bias[p.head] : 0.0f);
+            float soft = raw > 0.0f ? raw + log1pf(expf(-raw)) : log1pf(expf(raw));
+            int inside = soft >= s->dt_min && soft <= s->dt_max, start = s->starts && s->starts[p.batch * s->length + t];
+            to->dt[i] = soft < s->dt_min ? s->dt_min : soft > s->dt_max ? s->dt_max : soft;
+            to->slope[i] = inside ? 1.0f / (1.0f + expf(-raw)) : 0.0f;
+            decay = start ? 0.0f : expf(to->dt[i] * s->A[p.head]);
         }
-        vec x[BLOCK], added[BLOCK], y[BLOCK];
+        row *= decay;
+        row[i] = 1.0f;
+        to->from_before[i] = before *= decay;
+        to->between[i] = row;
+        to->mixing[i] = row * shared->scores[i];
+    }
+    to->total = before;
+}
+
+// -- one chunk of one block of channels -------------------------------------------------------------------------------------------------------
+
+typedef vec tile[CHUNK][BLOCK];  // (steps, channels)
+
+// Rows of a (batch, length, channels) tensor; zero past the end of the sequence.
+INLINE void read_tile(const struct ssd* s, const struct rows* from, struct place p, int64_t first, tile to) {
+    int64_t steps = smaller(CHUNK, s->length - first);
+    memset(to, 0, sizeof(tile));
+    for (int64_t i = 0; i < steps; ++i)
+        for (int64_t v = 0; v * LANES < p.lanes && v < BLOCK; ++v)
+            to[i][v] = load(at(from, p.batch, first + i) + channel(s, p) + v * LANES, p.lanes - v * LANES);
+}
+
+INLINE void write_tile(const struct ssd* s, float* data, struct place p, int64_t first, tile from) {
+    int64_t steps = smaller(CHUNK, s->length - first), width = s->heads * s->headdim;
+    for (int64_t i = 0; i < steps; ++i)
+        for (int64_t v = 0; v * LANES < p.lanes && v < BLOCK; ++v)
+            store(data + (p.batch * s->length + first + i) * width + channel(s, p) + v * LANES, from[i][v], p.lanes - v * LANES);
+}
+
+INLINE void scale_rows(tile to, tile from, const float* factors) {
+    for (int64_t i = 0; i < CHUNK; ++i)
+        for (int64_t v = 0; v < BLOCK; ++v) to[i][v] = from[i][v] * factors[i];
+}
+
+INLINE void transpose(vec* to, tile from) {
+    for (int64_t c = 0; c < WIDTH; ++c)
+        for (int64_t i = 0; i < CHUNK; ++i) to[c][i] = ((const float*)from[i])[c];
+}
+
+INLINE const float* to_end(const struct decays* k) { return (const float*)&k->between[CHUNK - 1]; }
+
+// S = total S + sum over steps of B_j weighted_j
+INLINE void update_state(const struct ssd* s, vec* S, const float* B, tile weighted, float total, const int V) {
+    int64_t M = padded_states(s);
+    for (int64_t i = 0; i < M * BLOCK; ++i) S[i] *= total;
+    product(S, BLOCK, B, 1, M, &weighted[0][0], BLOCK, CHUNK, M, V);
+}
+
+// C . state of every step, given the state before the chunk.
+INLINE void outputs(const struct ssd* s, const struct shared* shared, const struct decays* k, const vec* S, tile added, tile y, const int V) {
+    int64_t M = padded_states(s);
+    memset(y, 0, sizeof(tile));
+    product(&y[0][0], BLOCK, shared->C, M, 1, S, BLOCK, M, CHUNK, V);
+    scale_rows(y, y, k->from_before);
+    product(&y[0][0], BLOCK, (const float*)k->mixing, CHUNK, 1, &added[0][0], BLOCK, CHUNK, CHUNK, V);
+}
+
+INLINE void forward_chunk(const struct ssd* s, struct place p, int64_t first, const struct shared* shared, const struct decays* k, vec* S,
+                          const int V) {
+    tile x, added, weighted, y, z;
+    read_tile(s, &s->x, p, first, x);
+    scale_rows(added, x, k->dt);
+    scale_rows(weighted, added, to_end(k));
+    outputs(s, shared, k, S, added, y, V);
+    update_state(s, S, shared->B, weighted, k->total, V);
+    if (s->z.data) read_tile(s, &s->z, p, first, z);
+    for (int64_t i = 0; i < CHUNK; ++i)
         for (int64_t v = 0; v < V; ++v) {
-            x[v] = load(at(&s->x, p.batch, t) + channel(s, p) + v * LANES, p.lanes - v * LANES);
-            added[v] = x[v] * k.dt[i];
+            if (s->D) y[i][v] += s->D[p.head] * x[i][v];
+            if (s->z.data) y[i][v] *= z[i][v] * vsigmoid(z[i][v]);
         }
-        advance(h, h, k.decay[i], k.start[i], added, shared(&s->B, task, t, N), shared(&s->C, task, t, N), y, N, V);
-        for (int64_t v = 0; v < V; ++v) {
-            int64_t here = channel(s, p) + v * LANES;
-            vec out = s->D ? y[v] + s->D[p.head] * x[v] : y[v];
-            if (s->z.data) {
-                vec z = load(at(&s->z, p.batch, t) + here, p.lanes - v * LANES);
-                out *= z * vsigmoid(z);
+    write_tile(s, s->y, p, first, y);
+}
+
+// Gradients of one head's chunk, summed over its blocks.
+struct sums {
+    vec *dBT, *dCT;  // through the states around the chunk: (padded n)
+    vec dmixing[CHUNK];
+    float ddt[CHUNK], kept, dD;  // through dt x; through the decay of the whole chunk; of D
+};
+
+// From the state S before the chunk and the adjoint G of the one after it; leaves in G that of S.
+INLINE void backward_chunk(const struct ssd* s, struct place p, int64_t first, const struct shared* shared, const struct decays* k, const vec* S,
+                           vec* G, struct sums* sums, const int V) {
+    int64_t M = padded_states(s), steps = smaller(CHUNK, s->length - first);
+    float D = s->D ? s->D[p.head] : 0.0f;
+    tile x, added, dy, decayed, dadded = {0};
+    vec addedT[WIDTH], decayedT[WIDTH];
+    read_tile(s, &s->x, p, first, x);
+    read_tile(s, &s->dy, p, first, dy);
+    scale_rows(added, x, k->dt);
+    if (s->z.data) {
+        tile y, z;
+        read_tile(s, &s->z, p, first, z);
+        outputs(s, shared, k, S, added, y, V);
+        for (int64_t i = 0; i < CHUNK; ++i)
+            for (int64_t v = 0; v < V; ++v) {
+                vec gate = vsigmoid(z[i][v]), dout = dy[i][v];
+                dy[i][v] = dout * z[i][v] * gate;
+                z[i][v] = dout * (y[i][v] + D * x[i][v]) * gate * (1.0f + z[i][v] * (1.0f - gate));
             }
-            store(s->y + (p.batch * s->length + t) * width + here, out, p.lanes - v * LANES);
+        write_tile(s, s->dz, p, first, z);
+    }
+    scale_rows(decayed, dy, k->from_before);
+    transpose(addedT, added);
+    product_of_vectors(sums->dmixing, (const float*)dy, WIDTH, 1, addedT, V * LANES, CHUNK);
+    for (int64_t c = 0; c < V * LANES; ++c) addedT[c] *= k->between[CHUNK - 1];
+    transpose(decayedT, decayed);
+    product_of_vectors(sums->dBT, (const float*)G, WIDTH, 1, addedT, V * LANES, M);
+    product_of_vectors(sums->dCT, (const float*)S, WIDTH, 1, decayedT, V * LANES, M);
+    product(&dadded[0][0], BLOCK, shared->B, M, 1, G, BLOCK, M, CHUNK, V);
+    scale_rows(dadded, dadded, to_end(k));
+    product(&dadded[0][0], BLOCK, (const float*)k->mixing, 1, CHUNK, &dy[0][0], BLOCK, CHUNK, CHUNK, V);
+    vec kept = splat(0.0f), dD = kept;
+    for (int64_t i = 0; i < M * BLOCK; ++i) kept += G[i] * S[i];
+    sums->kept += sum(kept) * k->total;
+    update_state(s, G, shared->C, decayed, k->total, V);
+    for (int64_t i = 0; i < steps; ++i) {
+        vec through = splat(0.0f);
+        for (int64_t v = 0; v < V; ++v) {
+            through += dadded[i][v] * x[i][v];
+            dD += dy[i][v] * x[i][v];
+            dadded[i][v] = dadded[i][v] * k->dt[i] + D * dy[i][v];
+        }
+        sums->ddt[i] += sum(through);
+    }
+    sums->dD += sum(dD);
+    write_tile(s, s->dx, p, first, dadded);
+}
+
+// Vectors that hold anything, as a constant that the products are compiled for.
+#define FOR_VECTORS(lanes, call)    \
+    do {                            \
+        if ((lanes) > 2 * LANES) {  \
+            enum { V = BLOCK };     \
+            call;                   \
+        } else if ((lanes) > LANES) { \
+            enum { V = 2 };         \
+            call;                   \
+        } else {                    \
+            enum { V = 1 };         \
+            call;                   \
+        }                           \
+    } while (0)
+
+// -- tasks ------------------------------------------------------------------------------------------------------------------------------------
+
+INLINE void forward_task(const struct ssd* s, struct task task, vec* states, struct shared* shared) {
+    for (int64_t head = task.first; head < task.last; ++head)
+        for (int64_t block = 0; block < blocks_of(s); ++block) {
+            struct place p = place_of(s, task, head, block);
+            read_state(s, p, s->initial, state_of(s, task, p, states));
+        }
+    for (int64_t first = 0; first < s->length; first += CHUNK) {
+        read_shared(s, task, first, shared);
+        for (int64_t head = task.first; head < task.last; ++head) {
+            struct decays k;
+            read_decays(s, place_of(s, task, head, 0), first, shared, &k);
+            for (int64_t block = 0; block < blocks_of(s); ++block) {
+                struct place p = place_of(s, task, head, block);
+                vec* S = state_of(s, task, p, states);
+                if (s->checkpoints && first % KEEP == 0) memcpy(checkpoint(s, p, first / KEEP), S, padded_states(s) * BLOCK * sizeof(vec));
+                FOR_VECTORS(p.lanes, forward_chunk(s, p, first, shared, &k, S, V));
+            }
         }
     }
-    write_state(s, p, s->final, h);
+    for (int64_t head = task.first; head < task.last; ++head)
+        for (int64_t block = 0; block < blocks_of(s); ++block) {
+            struct place p = place_of(s, task, head, block);
+            write_state(s, p, s->final, state_of(s, task, p, states));
+        }
 }
 
 // Runs tasks first, ..., last - 1 of batch x groups x parts.
 void ssd_scan_forward(const struct ssd* s, int64_t first, int64_t last) {
-    vec* h = vectors(s->states * BLOCK);
-    for (int64_t number = first; number < last; ++number) {
-        struct task task = task_of(s, number);
-        for (int64_t head = task.first; head < task.last; ++head)
-            for (int64_t block = 0; block < blocks_of(s); ++block) {
-                struct place p = place_of(s, task, head, block);
-                if (vectors_in(p) == BLOCK)  // a constant: a step's vectors live in registers
-                    forward_block(s, task, p, h, BLOCK);
-                else
-                    forward_block(s, task, p, h, vectors_in(p));
-            }
-    }
-    free(h);
+    int64_t size = HEADS * blocks_of(s) * padded_states(s) * BLOCK;
+    vec* states = vectors(size + shared_size(s));
+    struct shared shared;
+    place_shared(s, &shared, states + size);
+    for (int64_t number = first; number < last; ++number) forward_task(s, task_of(s, number), states, &shared);
+    free(states);
 }
 
 // What a task remembers while it goes backward in time.
 struct memory {
-    vec* g;        // adjoint of the state: (HEADS, blocks, n, BLOCK)
-    vec* entries;  // states before the chunks of what lies between two kept ones: (KEEP / CHUNK, n, BLOCK)
-    vec* h;        // states before the steps of one chunk, and after the last: (CHUNK + 1, n, BLOCK)
-    vec *dB, *dC;  // gradients of KEEP steps, lanes not yet summed: (KEEP, n)
+    vec* adjoints;  // of the states: (HEADS, blocks, padded n, BLOCK)
+    vec* entries;   // one head's states before the chunks of a span: (SPAN, blocks, padded n, BLOCK)
+    struct shared shared[SPAN];
+    struct sums sums;
     float dA[HEADS], dD[HEADS], dbias[HEADS];
-    float ddt[KEEP], ddecay[KEEP];  // of one head: through dt x, and through dt A
 };
 
-// Steps first + from, ..., first + to - 1: recomputes the states of this chunk, then walks back.
-INLINE void backward_chunk(const struct ssd* s, struct task task, struct place p, int64_t first, int64_t from, int64_t to, const struct steps* k,
-                           struct memory* m, const vec* entry, const int64_t V) {
-    int64_t N = s->states, width = s->heads * s->headdim, size = N * BLOCK;
-    vec x[CHUNK][BLOCK], y[CHUNK][BLOCK], added[BLOCK], *g = m->g + ((p.head - task.first) * blocks_of(s) + p.block) * size;
-    memcpy(m->h, entry, size * sizeof(vec));
-    for (int64_t i = from; i < to; ++i) {
-        for (int64_t v = 0; v < V; ++v) {
-            x[i - from][v] = load(at(&s->x, p.batch, first + i) + channel(s, p) + v * LANES, p.lanes - v * LANES);
-            added[v] = x[i - from][v] * k->dt[i];
-        }
-        vec* before = m->h + (i - from) * size;
-        const float *B = shared(&s->B, task, first + i, N), *C = shared(&s->C, task, first + i, N);
-        advance(before + size, before, k->decay[i], k->start[i], added, B, C, y[i - from], N, V);
-    }
-    float D = s->D ? s->D[p.head] : 0.0f;
-    for (int64_t i = to - 1; i >= from; --i) {
-        int64_t t = first + i, here = channel(s, p);
-        const float *B = shared(&s->B, task, t, N), *C = shared(&s->C, task, t, N);
-        vec dy[BLOCK], dadded[BLOCK], ddecay[BLOCK];
-        for (int64_t v = 0; v < V; ++v) {
-            vec value = x[i - from][v];
-            dy[v] = load(at(&s->dy, p.batch, t) + here + v * LANES, p.lanes - v * LANES);
-            if (s->z.data) {
-                vec z = load(at(&s->z, p.batch, t) + here + v * LANES, p.lanes - v * LANES), gate = vsigmoid(z);
-                vec dz = dy[v] * (y[i - from][v] + D * value) * gate * (1.0f + z * (1.0f - gate));
-                store(s->dz + (p.batch * s->length + t) * width + here + v * LANES, dz, p.lanes - v * LANES);
-                dy[v] *= z * gate;
-            }
-            added[v] = value * k->dt[i];
-            dadded[v] = ddecay[v] = splat(0.0f);
-        }
-        const vec *before = m->h + (i - from) * size, *after = before + size;
-        for (int64_t n = 0; n < N; ++n) {
-            vec dB = splat(0.0f), dC = dB;
-            for (int64_t v = 0; v < V; ++v) {
-                vec adjoint = g[n * BLOCK + v] + dy[v] * C[n];
-                dC += dy[v] * after[n * BLOCK + v];
-                dB += adjoint * added[v];
-                dadded[v] += adjoint * B[n];
-                ddecay[v] += adjoint * before[n * BLOCK + v];
-                g[n * BLOCK + v] = adjoint * k->decay[i];
-            }
-            m->dB[i * N + n] += dB;
-            m->dC[i * N + n] += dC;
-        }
-        for (int64_t v = 0; v < V; ++v) {
-            vec value = x[i - from][v];
-            m->ddt[i] += sum(dadded[v] * value);
-            if (!k->start[i]) m->ddecay[i] += sum(ddecay[v]) * k->decay[i];
-            m->dD[p.head - task.first] += sum(dy[v] * value);
-            store(s->dx + (p.batch * s->length + t) * width + here + v * LANES, dadded[v] * k->dt[i] + D * dy[v], p.lanes - v * LANES);
-        }
+// The states before all chunks of a span, of one block of channels.
+INLINE void read_entries(const struct ssd* s, struct place p, int64_t first, int64_t chunks, const struct decays* k, struct memory* m, const int V) {
+    int64_t size = padded_states(s) * BLOCK, stride = blocks_of(s) * size;
+    vec* S = m->entries + p.block * size;
+    memcpy(S, checkpoint(s, p, first / KEEP), size * sizeof(vec));
+    for (int64_t chunk = 0; chunk + 1 < chunks; ++chunk, S += stride) {
+        tile weighted;
+        read_tile(s, &s->x, p, first + chunk * CHUNK, weighted);
+        scale_rows(weighted, weighted, k[chunk].dt);
+        scale_rows(weighted, weighted, to_end(&k[chunk]));
+        memcpy(S + stride, S, size * sizeof(vec));
+        update_state(s, S + stride, m->shared[chunk].B, weighted, k[chunk].total, V);
     }
 }
 
-// What lies between two kept states of one block of channels, from its last chunk to its first.
-INLINE void backward_block(const struct ssd* s, struct task task, struct place p, int64_t first, const struct steps* k, struct memory* m,
-                           const int64_t V) {
-    int64_t N = s->states, size = N * BLOCK, steps = smaller(KEEP, s->length - first), chunks = (steps + CHUNK - 1) / CHUNK;
-    memcpy(m->entries, checkpoint(s, p, first / KEEP), size * sizeof(vec));
-    for (int64_t i = 0; i < (chunks - 1) * CHUNK; ++i) {
-        vec added[BLOCK], y[BLOCK], *to = m->entries + (i / CHUNK + 1) * size, *from = i % CHUNK ? to : to - size;
-        for (int64_t v = 0; v < V; ++v)
-            added[v] = load(at(&s->x, p.batch, first + i) + channel(s, p) + v * LANES, p.lanes - v * LANES) * k->dt[i];
-        const float *B = shared(&s->B, task, first + i, N), *C = shared(&s->C, task, first + i, N);
-        advance(to, from, k->decay[i], k->start[i], added, B, C, y, N, V);
+// What the blocks of a head's chunk have in common: gradients of its step sizes, and what it adds to those of B and C.
+INLINE void finish_chunk(const struct ssd* s, struct task task, int64_t head, int64_t first, struct shared* shared, const struct decays* k,
+                         struct memory* m) {
+    int64_t M = padded_states(s), steps = smaller(CHUNK, s->length - first), slot = head - task.first;
+    struct sums* sums = &m->sums;
+    vec written = splat(0.0f), read = written, later = written;  // [j]: through the state after the chunk; [i]: through the one before; pairs
+    for (int64_t n = 0; n < M; ++n) {
+        written += shared->BT[n] * sums->dBT[n];
+        read += shared->CT[n] * sums->dCT[n];
+        shared->dBT[n] += sums->dBT[n];
+        shared->dCT[n] += sums->dCT[n];
     }
-    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk)
-        backward_chunk(s, task, p, first, chunk * CHUNK, smaller((chunk + 1) * CHUNK, steps), k, m, m->entries + chunk * size, V);
-}
-
-// The same for one head: all its blocks, then what they have in common.
-INLINE void backward_head(const struct ssd* s, struct task task, int64_t head, int64_t first, struct memory* m) {
-    int64_t steps = smaller(KEEP, s->length - first), slot = head - task.first;
-    struct steps k;
-    read_steps(s, task.batch, head, first, &k);
-    memset(m->ddt, 0, sizeof m->ddt), memset(m->ddecay, 0, sizeof m->ddecay);
-    for (int64_t block = 0; block < blocks_of(s); ++block) {
-        struct place p = place_of(s, task, head, block);
-        if (vectors_in(p) == BLOCK)
-            backward_block(s, task, p, first, &k, m, BLOCK);
-        else
-            backward_block(s, task, p, first, &k, m, vectors_in(p));
+    float ddecay[CHUNK], before = 0.0f, after = 0.0f;  // of step i: all that flows across it
+    for (int64_t i = CHUNK - 1; i >= 0; --i) {
+        later += sums->dmixing[i] * k->mixing[i];
+        after += read[i];
+        ddecay[i] = after + sums->kept;
+        for (int64_t j = 0; j < i; ++j) ddecay[i] += later[j];
+        shared->dscores[i] += sums->dmixing[i] * k->between[i];
     }
     for (int64_t i = 0; i < steps; ++i) {
-        float ddt = (m->ddt[i] + m->ddecay[i] * s->A[head]) * k.slope[i];
-        m->dA[slot] += m->ddecay[i] * k.dt[i];
+        ddecay[i] += before;
+        before += written[i];
+        float ddt = (sums->ddt[i] + ddecay[i] * s->A[head]) * k->slope[i];
+        m->dA[slot] += ddecay[i] * k->dt[i];
         m->dbias[slot] += ddt;
         s->ddt[(task.batch * s->length + first + i) * s->heads + head] = ddt;
     }
+    m->dD[slot] += sums->dD;
+}
+
+INLINE void clear_sums(const struct ssd* s, struct sums* sums) {
+    memset(sums->dBT, 0, 2 * padded_states(s) * sizeof(vec));  // dCT lies behind it
+    memset(sums->dmixing, 0, sizeof sums->dmixing), memset(sums->ddt, 0, sizeof sums->ddt);
+    sums->kept = sums->dD = 0.0f;
+}
+
+INLINE void backward_head(const struct ssd* s, struct task task, int64_t head, int64_t first, int64_t chunks, struct memory* m) {
+    int64_t size = padded_states(s) * BLOCK;
+    struct decays k[SPAN];
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        read_decays(s, place_of(s, task, head, 0), first + chunk * CHUNK, &m->shared[chunk], &k[chunk]);
+    for (int64_t block = 0; block < blocks_of(s); ++block) {
+        struct place p = place_of(s, task, head, block);
+        FOR_VECTORS(p.lanes, read_entries(s, p, first, chunks, k, m, V));
+    }
+    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+        clear_sums(s, &m->sums);
+        for (int64_t block = 0; block < blocks_of(s); ++block) {
+            struct place p = place_of(s, task, head, block);
+            const vec* S = m->entries + (chunk * blocks_of(s) + block) * size;
+            vec* G = state_of(s, task, p, m->adjoints);
+            FOR_VECTORS(p.lanes, backward_chunk(s, p, first + chunk * CHUNK, &m->shared[chunk], &k[chunk], S, G, &m->sums, V));
+        }
+        finish_chunk(s, task, head, first + chunk * CHUNK, &m->shared[chunk], &k[chunk], m);
+    }
+}
+
+// Adds what came through the scores, and writes this task's part of dB and dC.
+INLINE void write_shared(const struct ssd* s, int64_t number, int64_t first, struct shared* shared) {
+    int64_t M = padded_states(s), steps = smaller(CHUNK, s->length - first);
+    vec dscoresT[CHUNK];
+    for (int64_t i = 0; i < CHUNK; ++i)
+        for (int64_t j = 0; j < CHUNK; ++j) dscoresT[j][i] = shared->dscores[i][j];
+    product_of_vectors(shared->dBT, shared->C, 1, M, shared->dscores, CHUNK, M);
+    product_of_vectors(shared->dCT, shared->B, 1, M, dscoresT, CHUNK, M);
+    for (int64_t i = 0; i < steps; ++i)
+        for (int64_t n = 0; n < s->states; ++n) {
+            int64_t to = (number * s->length + first + i) * s->states + n;
+            s->dB[to] = shared->dBT[n][i];
+            s->dC[to] = shared->dCT[n][i];
+        }
 }
 
 INLINE void backward_task(const struct ssd* s, int64_t number, struct memory* m) {
     struct task task = task_of(s, number);
-    int64_t N = s->states, blocks = blocks_of(s);
     memset(m->dA, 0, sizeof m->dA), memset(m->dD, 0, sizeof m->dD), memset(m->dbias, 0, sizeof m->dbias);
     for (int64_t head = task.first; head < task.last; ++head)
-        for (int64_t block = 0; block < blocks; ++block)
-            read_state(s, place_of(s, task, head, block), s->dfinal, m->g + ((head - task.first) * blocks + block) * N * BLOCK);
-    for (int64_t first = (s->length - 1) / KEEP * KEEP; first >= 0; first -= KEEP) {
-        memset(m->dB, 0, 2 * KEEP * N * sizeof(vec));
-        for (int64_t head = task.first; head < task.last; ++head) backward_head(s, task, head, first, m);
-        int64_t steps = smaller(KEEP, s->length - first), to = (number * s->length + first) * N;
-        for (int64_t i = 0; i < steps * N; ++i) {
-            s->dB[to + i] = sum(m->dB[i]);
-            s->dC[to + i] = sum(m->dC[i]);
+        for (int64_t block = 0; block < blocks_of(s); ++block) {
+            struct place p = place_of(s, task, head, block);
+            read_state(s, p, s->dfinal, state_of(s, task, p, m->adjoints));
         }
+    for (int64_t first = (s->length - 1) / KEEP * KEEP; first >= 0; first -= KEEP) {
+        int64_t chunks = (smaller(KEEP, s->length - first) + CHUNK - 1) / CHUNK;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) read_shared(s, task, first + chunk * CHUNK, &m->shared[chunk]);
+        for (int64_t head = task.first; head < task.last; ++head) backward_head(s, task, head, first, chunks, m);
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) write_shared(s, number, first + chunk * CHUNK, &m->shared[chunk]);
     }
     for (int64_t head = task.first; head < task.last; ++head) {
         int64_t slot = head - task.first, row = task.batch * s->heads + head;
         s->dA[row] = m->dA[slot], s->dD[row] = m->dD[slot], s->dbias[row] = m->dbias[slot];
-        for (int64_t block = 0; block < blocks; ++block)
-            write_state(s, place_of(s, task, head, block), s->dinitial, m->g + (slot * blocks + block) * N * BLOCK);
+        for (int64_t block = 0; block < blocks_of(s); ++block) {
+            struct place p = place_of(s, task, head, block);
+            write_state(s, p, s->dinitial, state_of(s, task, p, m->adjoints));
+        }
     }
 }
 
 // Runs tasks first, ..., last - 1 of batch x groups x parts.
 void ssd_scan_backward(const struct ssd* s, int64_t first, int64_t last) {
-    int64_t size = s->states * BLOCK;
-    struct memory m;
-    m.g = vectors((HEADS * blocks_of(s) + KEEP / CHUNK + CHUNK + 1) * size + 2 * KEEP * s->states);
-    m.entries = m.g + HEADS * blocks_of(s) * size, m.h = m.entries + KEEP / CHUNK * size;
-    m.dB = m.h + (CHUNK + 1) * size, m.dC = m.dB + KEEP * s->states;
+    int64_t state = padded_states(s) * BLOCK * blocks_of(s);
+    vec* all = vectors((HEADS + SPAN) * state + SPAN * shared_size(s) + 2 * padded_states(s));
+    struct memory m = {.adjoints = all, .entries = all + HEADS * state};
+    vec* next = m.entries + SPAN * state;
+    for (int64_t chunk = 0; chunk < SPAN; ++chunk, next += shared_size(s)) place_shared(s, &m.shared[chunk], next);
+    m.sums.dBT = next, m.sums.dCT = next + padded_states(s);
     for (int64_t number = first; number < last; ++number) backward_task(s, number, &m);
-    free(m.g);
+    free(all);
 }

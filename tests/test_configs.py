@@ -7,12 +7,14 @@ import pytest
 import yaml
 
 from mamba_pretrain.config import load_config
-from mamba_pretrain.models.flops import describe
+from mamba_pretrain.models.model_flops import describe
+from mamba_pretrain.monitor.planning.plan import Machine, make_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+FOLDERS = ("mamba1", "mamba2", "hybrid", "scaling-law", "long-context")
 RUNS = [
     CONFIGS / "quickstart.yaml",
-    *sorted(path for folder in ("mamba1", "mamba2", "hybrid") for path in (CONFIGS / folder).glob("*.yaml")),
+    *sorted(path for folder in FOLDERS for path in (CONFIGS / folder).glob("*.yaml")),
 ]
 # Millions of parameters: the papers' tables; Falcon-Mamba and Bamba as published.
 PARAMETERS = {
@@ -79,8 +81,40 @@ def test_every_key_that_is_not_self_evident_has_a_comment(path):
 
 
 def test_every_size_has_the_published_number_of_parameters():
-    found = {short(path): round(describe(load_config(path).model, 2048)["parameters"] / 1e6, 1) for path in RUNS if path.parent != CONFIGS}
+    published = [path for path in RUNS if path.parent.name in ("mamba1", "mamba2", "hybrid")]
+    found = {short(path): round(describe(load_config(path).model, 2048)["parameters"] / 1e6, 1) for path in published}
     assert found == PARAMETERS
+
+
+# Tokens of the scaling-law runs (both papers): sizes, and 0.5M tokens a batch.
+SCALING_LAW = {"130m": 2.5e9, "370m": 7e9, "790m": 15e9, "780m": 15e9, "1.4b": 26e9, "1.3b": 26e9}
+
+
+@pytest.mark.parametrize("path", [path for path in RUNS if path.parent.name == "scaling-law"], ids=short)
+def test_a_scaling_law_run_is_the_full_recipe_but_for_its_length_and_tokenizer(path):
+    mixer, size = path.stem.split("-")
+    found, full = load_config(path), load_config(CONFIGS / mixer / f"{size}.yaml")
+    assert (found.train.tokens, found.train.global_batch_tokens) == (SCALING_LAW[size], 524288)
+    assert found.model.vocab_size == 50257
+    for config in (found, full):
+        config.name, config.run_dir, config.data.sources = "", Path(), []
+        config.train.tokens = config.train.global_batch_tokens = config.model.vocab_size = 1
+    assert found == full
+
+
+def test_scaling_law_has_every_size():
+    assert {path.stem for path in (CONFIGS / "scaling-law").glob("*.yaml")} == {
+        f"{path.parent.name}-{path.stem}" for path in RUNS if path.parent.name in ("mamba1", "mamba2") and path.stem in SCALING_LAW
+    }
+
+
+@pytest.mark.parametrize("path", [path for path in RUNS if path.parent != CONFIGS], ids=short)
+def test_the_plan_has_nothing_against_it(path):
+    """On one node of eight H100: it fits, and nothing is warned of."""
+    found = make_plan(load_config(path), Machine.of("H100", 8))
+    assert found.memory["fits"], found.memory
+    ramp = ["the batch ramp is left out of the estimates"] if load_config(path).train.batch_ramp else []
+    assert [warning.split(":")[0] for warning in found.warnings] == ramp
 
 
 @pytest.mark.parametrize("path", [p for p in RUNS if p.parent.name in ("mamba1", "mamba2") and "falcon" not in p.name], ids=short)

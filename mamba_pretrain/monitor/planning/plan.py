@@ -283,7 +283,8 @@ def _warnings(planner: Planner, used: memory.Memory) -> list[str]:
     found += advice.batch_warnings(planner.batch_samples, micro_batch, machine.gpus)
     found += advice.overflow_warnings(model, micro_batch, planner.length)
     found += advice.shape_warnings(model, planner.length)
-    found += advice.recipe_warnings(model, planner.shape.total, batch_tokens, tokens, config.optim.lr)
+    if config.train.init_from is None:  # a run that goes on from trained weights has a rate and a length of its own
+        found += advice.recipe_warnings(model, planner.shape.total, batch_tokens, tokens, config.optim.lr)
     if config.train.batch_ramp is not None:
         found.append("the batch ramp is left out of the estimates: the first steps are smaller and the run has a few more of them")
     return found + advice.data_warnings(tokens, available_tokens([str(source.path) for source in config.data.sources]))

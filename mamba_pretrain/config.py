@@ -54,7 +54,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def read_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """The YAML file with overrides merged and ``${...}`` resolved, as plain dicts and lists; not validated yet."""
+    """The YAML file with overrides merged and ``${...}`` resolved, as plain dicts and lists; not validated yet.
+
+    ``data.path=FOLDER`` takes the place of the file's ``data.sources``: the short form is meant to be typed.
+    """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -69,6 +72,8 @@ def read_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
         tree = OmegaConf.load(path)
         for item in overrides:
             key, value = item.split("=", 1)
+            if key == "data.path":
+                tree.get("data", {}).pop("sources", None)
             # Parsed by the same YAML loader as the file; update, unlike merge, also reaches into lists (data.sources.0.path).
             OmegaConf.update(tree, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True, force_add=True)
         plain = OmegaConf.to_container(tree, resolve=True)

@@ -129,3 +129,8 @@ def test_the_papers_recipe(path):
     sequences, rest = divmod(config.train.global_batch_tokens, 2048)
     assert (sequences, rest) in ((256, 0), (512, 0))
     assert sequences % (8 * config.train.micro_batch_size) == 0, "fits eight GPUs without a remainder"
+
+
+def test_a_path_given_on_the_command_line_takes_the_place_of_the_sources():
+    config = load_config(CONFIGS / "mamba2" / "130m.yaml", ["data.path=data/corpus"])
+    assert [(source.path, source.name, source.weight) for source in config.data.sources] == [("data/corpus", "corpus", 1.0)]

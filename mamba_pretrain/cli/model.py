@@ -52,7 +52,9 @@ def sample(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     trained = open_trained(run, step)
-    texts = continue_texts(trained.config.model, trained.weights, trained.tokenizer_dir, prompt, max_new_tokens, sampling, device_name(device))
+    texts = continue_texts(
+        trained.config.model, trained.weights, trained.tokenizer_dir, prompt, max_new_tokens, sampling, device_name(device)
+    )
     for start, text in zip(prompt, texts, strict=True):
         typer.echo(typer.style(start, bold=True) + text)
 

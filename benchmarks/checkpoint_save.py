@@ -34,8 +34,8 @@ def prepared() -> tuple[Any, Callable[[], None]]:
     from mamba_pretrain.optim.build import optimizer_builder
     from mamba_pretrain.optim.config import OptimConfig
     from mamba_pretrain.parallel import topology as ranks
+    from mamba_pretrain.parallel.build import build_engine
     from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
-    from mamba_pretrain.parallel.engine import build_engine
     from mamba_pretrain.training.step import train_step
 
     topology = ranks.initialize(ParallelConfig(strategy="single"))

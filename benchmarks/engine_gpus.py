@@ -69,8 +69,8 @@ def run_job(job: dict[str, Any], topology: Any) -> dict[str, Any]:
     from mamba_pretrain.ops import registry
     from mamba_pretrain.optim.build import optimizer_builder
     from mamba_pretrain.optim.config import OptimConfig
+    from mamba_pretrain.parallel.build import build_engine
     from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
-    from mamba_pretrain.parallel.engine import build_engine
     from mamba_pretrain.training.step import train_step
 
     config = ModelConfig(**MODELS[job["model"]])

@@ -148,8 +148,8 @@ def build(job: Job, topology: Topology) -> tuple[Engine, LanguageModel, set[str]
     from mamba_pretrain.models.language_model import LanguageModel
     from mamba_pretrain.optim.build import optimizer_builder
     from mamba_pretrain.optim.config import OptimConfig
+    from mamba_pretrain.parallel.build import build_engine
     from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
-    from mamba_pretrain.parallel.engine import build_engine
 
     with torch.device("meta"):
         model = LanguageModel(ModelConfig(**TINY[job.model]))

@@ -50,8 +50,8 @@ def prepared(config: Any, recompute: str) -> Any:
     from mamba_pretrain.optim.build import optimizer_builder
     from mamba_pretrain.optim.config import OptimConfig
     from mamba_pretrain.parallel import topology
+    from mamba_pretrain.parallel.build import build_engine
     from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
-    from mamba_pretrain.parallel.engine import build_engine
 
     with torch.device("meta"):
         model = LanguageModel(config)

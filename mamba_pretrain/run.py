@@ -31,7 +31,7 @@ from mamba_pretrain.optim.build import optimizer_builder
 from mamba_pretrain.optim.groups import group_table
 from mamba_pretrain.optim.schedule import learning_rate
 from mamba_pretrain.parallel import topology as ranks
-from mamba_pretrain.parallel.engine import build_engine
+from mamba_pretrain.parallel.build import build_engine
 from mamba_pretrain.parallel.topology import Topology
 from mamba_pretrain.training.batch_schedule import BatchSchedule, total_steps
 from mamba_pretrain.training.callbacks import Beat, Callback, CollectGarbage, Evaluate, ReadMetrics, Sample, Save, StopOnSignal, WriteRows

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, State
-from mamba_pretrain.models.model_flops import attention_flops
 from mamba_pretrain.models.modules import Policies, projection_policy
-from mamba_pretrain.ops.flops import linear_flops
+from mamba_pretrain.ops.flops import attention_flops, linear_flops
 
 
 class Attention(Mixer):

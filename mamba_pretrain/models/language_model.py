@@ -13,6 +13,7 @@ from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import ParameterPolicy, State
 from mamba_pretrain.models.modules import RMSNorm, TokenTable, prefixed
+from mamba_pretrain.ops.flops import linear_flops
 
 
 class LanguageModel(nn.Module):
@@ -73,10 +74,12 @@ class LanguageModel(nn.Module):
         return sum(torch.Size(shape).numel() for shape in self.parameter_shapes.values())
 
     def flops_per_token(self, length: int) -> float:
-        """FLOPs of the forward pass per token; see ``model_flops.py`` for training and for 6N."""
-        from mamba_pretrain.models.model_flops import forward_flops_per_token
+        """FLOPs of the forward pass per token: every block and the head; norms and activations are left out as everywhere.
 
-        return forward_flops_per_token(self, length)
+        See ``model_flops.py`` for training and for 6N.
+        """
+        config = self.config
+        return sum(block.flops_per_token(length) for block in self.blocks()) + linear_flops(1, config.d_model, config.padded_vocab_size)
 
     def new_state(self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> list[State]:
         """Empty decoding states of all layers for ``batch`` sequences; only attention's grow with ``max_length``."""

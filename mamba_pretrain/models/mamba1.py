@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba_pretrain.models import init
+from mamba_pretrain.models import distributions
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, ParameterPolicy, State
@@ -68,12 +68,12 @@ class Mamba1(Mixer):
         """See ``Mixer.parameter_policy``; the initialisation is that of arXiv:2312.00752, section 3.6 and appendix E."""
         config = self.config
         scale = 1.0 / math.sqrt(config.n_residual) if config.rescale_prenorm_residual else 1.0
-        dt_bias = init.inverse_softplus_time_step(config.time_step_min, config.time_step_max, config.time_step_floor)
+        dt_bias = distributions.inverse_softplus_time_step(config.time_step_min, config.time_step_max, config.time_step_floor)
         return {
-            "A_log": ParameterPolicy(decay=False, fp32=True, init=init.log_arange()),
-            "D": ParameterPolicy(decay=False, fp32=True, init=init.constant(1.0)),
+            "A_log": ParameterPolicy(decay=False, fp32=True, init=distributions.log_arange()),
+            "D": ParameterPolicy(decay=False, fp32=True, init=distributions.constant(1.0)),
             "dt_bias": ParameterPolicy(decay=False, fp32=True, init=dt_bias),
-            "dt_proj.weight": ParameterPolicy(decay=True, fp32=False, init=init.uniform(config.resolved_dt_rank**-0.5)),
+            "dt_proj.weight": ParameterPolicy(decay=True, fp32=False, init=distributions.uniform(config.resolved_dt_rank**-0.5)),
             **projection_policy("in_proj", self.in_proj),
             **projection_policy("x_proj", self.x_proj),
             **projection_policy("out_proj", self.out_proj, scale),

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mamba_pretrain.models import init
+from mamba_pretrain.models import distributions
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, ParameterPolicy, State
@@ -64,12 +64,12 @@ class Mamba2(Mixer):
         """See ``Mixer.parameter_policy``; the initialisation is that of mamba_ssm's Mamba-2."""
         config = self.config
         scale = 1.0 / math.sqrt(config.n_residual) if config.rescale_prenorm_residual else 1.0
-        dt_bias = init.inverse_softplus_time_step(config.time_step_min, config.time_step_max, config.time_step_floor)
+        dt_bias = distributions.inverse_softplus_time_step(config.time_step_min, config.time_step_max, config.time_step_floor)
         return {
-            "A_log": ParameterPolicy(decay=False, fp32=True, init=init.log_uniform_range(*config.A_init_range)),
-            "D": ParameterPolicy(decay=False, fp32=True, init=init.constant(1.0)),
+            "A_log": ParameterPolicy(decay=False, fp32=True, init=distributions.log_uniform_range(*config.A_init_range)),
+            "D": ParameterPolicy(decay=False, fp32=True, init=distributions.constant(1.0)),
             "dt_bias": ParameterPolicy(decay=False, fp32=True, init=dt_bias),
-            "norm.weight": ParameterPolicy(decay=False, fp32=True, init=init.constant(1.0)),
+            "norm.weight": ParameterPolicy(decay=False, fp32=True, init=distributions.constant(1.0)),
             **projection_policy("in_proj", self.in_proj),
             **projection_policy("out_proj", self.out_proj, scale),
             **prefixed("conv1d", self.conv1d.parameter_policy()),

@@ -8,28 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mamba_pretrain.ops.flops import linear_flops
-
 if TYPE_CHECKING:
     from mamba_pretrain.models.config import ModelConfig
     from mamba_pretrain.models.language_model import LanguageModel
 
 
-def attention_flops(length: int, n_head: int, headdim: int) -> float:
-    """Causal scores and values: a token sees (length + 1) / 2 keys on average, and only those count."""
-    return 2.0 * 2 * n_head * headdim * (length + 1) / 2
-
-
-def forward_flops_per_token(model: LanguageModel, length: int) -> float:
-    """FLOPs of a forward pass per token: every block and the output head; norms and activations are left out as everywhere."""
-    config = model.config
-    blocks = sum(block.flops_per_token(length) for block in model.blocks())
-    return blocks + linear_flops(1, config.d_model, config.padded_vocab_size)
-
-
 def training_flops_per_token(model: LanguageModel, length: int) -> float:
     """FLOPs of forward and backward per token."""
-    return 3.0 * forward_flops_per_token(model, length)
+    return 3.0 * model.flops_per_token(length)
 
 
 def six_n_per_token(model: LanguageModel) -> float:
@@ -49,7 +35,7 @@ def describe(config: ModelConfig, length: int) -> dict[str, float]:
         model = LanguageModel(config)
     return {
         "parameters": float(model.n_parameters()),
-        "forward": forward_flops_per_token(model, length),
+        "forward": model.flops_per_token(length),
         "training": training_flops_per_token(model, length),
         "six_n": six_n_per_token(model),
     }

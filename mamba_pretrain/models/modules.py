@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mamba_pretrain.models import init
+from mamba_pretrain.models import distributions
 from mamba_pretrain.models.mixer import ParameterPolicy, State
 from mamba_pretrain.models.step import conv_step
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
     def parameter_policy(self) -> Policies:
         """Norm weights never decay and are used in fp32."""
-        return {"weight": ParameterPolicy(decay=False, fp32=True, init=init.constant(1.0))}
+        return {"weight": ParameterPolicy(decay=False, fp32=True, init=distributions.constant(1.0))}
 
 
 class GatedRMSNorm(nn.Module):
@@ -73,7 +73,7 @@ class CausalConv1d(nn.Module):
     def parameter_policy(self) -> Policies:
         """PyTorch's default initialisation; a convolution's taps are no projection and do not decay."""
         names = ("weight",) if self.bias is None else ("weight", "bias")
-        return {name: ParameterPolicy(decay=False, fp32=False, init=init.linear(self.weight.shape[1])) for name in names}
+        return {name: ParameterPolicy(decay=False, fp32=False, init=distributions.linear(self.weight.shape[1])) for name in names}
 
 
 class TokenTable(nn.Module):
@@ -99,14 +99,14 @@ class TokenTable(nn.Module):
 
     def parameter_policy(self) -> Policies:
         """Embeddings decay like projections."""
-        return {"weight": ParameterPolicy(decay=True, fp32=False, init=init.normal(self.std))}
+        return {"weight": ParameterPolicy(decay=True, fp32=False, init=distributions.normal(self.std))}
 
 
 def projection_policy(name: str, module: nn.Linear, scale: float = 1.0) -> Policies:
     """Policies of a projection called ``name``: PyTorch's default initialisation times ``scale``; only the weight decays."""
-    policies = {f"{name}.weight": ParameterPolicy(decay=True, fp32=False, init=init.linear(module.in_features, scale))}
+    policies = {f"{name}.weight": ParameterPolicy(decay=True, fp32=False, init=distributions.linear(module.in_features, scale))}
     if module.bias is not None:
-        policies[f"{name}.bias"] = ParameterPolicy(decay=False, fp32=False, init=init.constant(0.0))
+        policies[f"{name}.bias"] = ParameterPolicy(decay=False, fp32=False, init=distributions.constant(0.0))
     return policies
 
 

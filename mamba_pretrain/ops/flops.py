@@ -35,6 +35,11 @@ def linear_flops(tokens: int, n_in: int, n_out: int) -> int:
     return 2 * tokens * n_in * n_out
 
 
+def attention_flops(length: int, n_head: int, headdim: int) -> float:
+    """Causal scores and values: a token sees (length + 1) / 2 keys on average, and only those count."""
+    return 2.0 * 2 * n_head * headdim * (length + 1) / 2
+
+
 for _module in (
     "causal_conv1d",
     "cross_entropy",

@@ -95,14 +95,3 @@ class Engine(ABC):
             t.to(device, non_blocking=True) for t in (batch.tokens, batch.labels, batch.seq_idx, batch.positions)
         )
         return tokens, Boundaries(seq_idx, positions) if self.isolate_documents else None, labels
-
-
-def build_engine(parallel: ParallelConfig, precision: PrecisionConfig, topology: Topology) -> Engine:
-    """The engine of ``parallel.strategy``."""
-    if strategy_of(parallel, topology).startswith("zero"):
-        from mamba_pretrain.parallel.deepspeed_engine import DeepSpeedEngine
-
-        return DeepSpeedEngine(parallel, precision, topology)
-    from mamba_pretrain.parallel.torch_engine import TorchEngine
-
-    return TorchEngine(parallel, precision, topology)

@@ -25,7 +25,7 @@ def test_training_flops_are_what_torch_counts(kind, length, small_config, random
     expected = model_flops.training_flops_per_token(model, length)
     # Torch counts every key, seen or masked; ours only those that a token sees.
     n_attention = config.layer_mixers.count("attention")
-    visible = 3 * n_attention * model_flops.attention_flops(length, config.n_head, config.attention_headdim) if n_attention else 0
+    visible = 3 * n_attention * flops.attention_flops(length, config.n_head, config.attention_headdim) if n_attention else 0
     assert counted(model, length) == pytest.approx(expected + visible * (2 * length / (length + 1) - 1), rel=2e-3)
 
 

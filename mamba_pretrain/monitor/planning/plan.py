@@ -188,7 +188,7 @@ def make_plan(config: RunConfig, machine: Machine, alternatives: bool = True) ->
         parameters=planner.shape.total,
         parameters_by_kind=memory.parameters_by_kind(planner.model),
         flops_per_token={
-            "forward": model_flops.forward_flops_per_token(planner.model, planner.length),
+            "forward": planner.model.flops_per_token(planner.length),
             "training": planner.training_flops,
             "six_n": model_flops.six_n_per_token(planner.model),
         },

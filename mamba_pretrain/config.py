@@ -72,8 +72,8 @@ def read_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
         tree = OmegaConf.load(path)
         for item in overrides:
             key, value = item.split("=", 1)
-            if key == "data.path":
-                tree.get("data", {}).pop("sources", None)
+            if key == "data.path" and (section := OmegaConf.select(tree, "data")):
+                section.pop("sources", None)
             # Parsed by the same YAML loader as the file; update, unlike merge, also reaches into lists (data.sources.0.path).
             OmegaConf.update(tree, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True, force_add=True)
         plain = OmegaConf.to_container(tree, resolve=True)

@@ -174,7 +174,7 @@ class Chart {
       const item = html("span", "", undefined, this.legend);
       const key = svg("svg", { viewBox: "0 0 18 8" }, item);
       const line = svg("line", { x1: 1, x2: 17, y1: 4, y2: 4, stroke: series.color, "stroke-width": 2.2 }, key);
-      if (series.dash) line.setAttribute("stroke-dasharray", "4 3");
+      if (series.dash) line.setAttribute("stroke-dasharray", series.dash);
       html("span", "", series.label, item);
     }
   }

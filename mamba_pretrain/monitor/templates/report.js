@@ -23,6 +23,7 @@ function duration(seconds) {
   if (s < 86400) return `${Math.floor(s / 3600)}h ${Math.floor((s % 3600) / 60)}m`;
   return `${Math.floor(s / 86400)}d ${Math.floor((s % 86400) / 3600)}h`;
 }
+const DASHES = ["5 4", "1.5 3.5", "9 4", "9 3 2 3"];  // with several runs a colour is a run's, and a dash a dataset's
 const fixed = (digits) => (value, tick) => (tick ? trim(value.toFixed(digits)) : value.toFixed(digits));
 const percent = (value, tick) => (tick ? trim((100 * value).toFixed(1)) : (100 * value).toFixed(1)) + "%";
 const tiny = (value) => (value === 0 ? "0" : Math.abs(value) >= 0.01 && Math.abs(value) < 1000 ? trim(value.toPrecision(3)) : value.toExponential(1).replace(".0e", "e"));
@@ -74,7 +75,7 @@ function trainSeries(key, { smoothed = false, name = "", dash = "" } = {}) {
 function evalSeries(key) {
   return shown().flatMap(({ run, i }) =>
     run.evals.map((table, j) => ({
-      label: label(run, table.name), color: many ? COLORS[i] : `var(--s${(j + 1) % 8})`, dash: many ? "5 4" : "", dots: true, points: points(table, key),
+      label: label(run, table.name), color: many ? COLORS[i] : `var(--s${(j + 1) % 8})`, dash: many ? DASHES[j % DASHES.length] : "", dots: true, points: points(table, key),
     })));
 }
 
@@ -148,7 +149,7 @@ function section(title, note) {
 function charts() {
   const parent = document.getElementById("charts");
   const add = (spec) => new Chart({ marks: restarts, ...spec }, parent, page);
-  const loss = fixed(4), short = (value, tick) => (tick ? trim(value.toFixed(2)) : loss(value));
+  const loss = fixed(4), short = (value, tick) => (tick ? trim(value.toFixed(3)) : loss(value));
   add({ title: "Loss", hint: "nats per token; training smoothed, validation at the circles", wide: true, height: 340, format: short, log: () => state.logLoss, alwaysLegend: true,
     series: () => [...trainSeries("loss", { smoothed: true, name: "train" }), ...evalSeries("loss")] });
   add({ title: "Validation perplexity", hint: "per dataset", format: (v, tick) => (tick ? si(v) : v.toFixed(2)), log: true, series: () => evalSeries("perplexity") });

@@ -178,7 +178,7 @@ def planned(point: dict[str, Any]) -> Any:
 
 
 def measure_all(names: list[str], seconds: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Every model with and without checkpointing, the small ones first, and one block of each; ``save`` is called after each.
+    """Every model without and with checkpointing, and one block of each; ``save`` is called after each.
 
     A point that runs out of memory is tried with half the micro-batch, once; after ``seconds`` no further one is begun.
     """
@@ -189,30 +189,30 @@ def measure_all(names: list[str], seconds: float, save: Callable[[dict[str, Any]
     began = time.monotonic()
     found: dict[str, Any] = {"points": [], "blocks": [], "out_of_memory": [], "left_out": []}
     jobs = [(name, "none", MODELS[name][1]) for name in names] + [(name, "block", MODELS[name][2]) for name in names]
-    jobs = [*((name, "alone", MODELS[name][1]) for name in names), *jobs]
+    jobs += [(name, "alone", MODELS[name][1]) for name in names]
     for name, kind, micro_batch in jobs:
         if time.monotonic() - began > seconds:
             found["left_out"].append(f"{name} {kind}")
             continue
         for size in (micro_batch, micro_batch // 2):
+            point = None
             try:
                 point = measure_block(name, size) if kind == "alone" else measure(name, size, kind)
             except torch.cuda.OutOfMemoryError as error:
                 found["out_of_memory"].append(f"{name} {kind} micro-batch {size}: {' '.join(str(error).split())[:160]}")
                 print(found["out_of_memory"][-1], flush=True)
-                release()
-                continue
-            found["blocks" if kind == "alone" else "points"].append(point)
-            print(f"{time.monotonic() - began:5.0f} s", {key: value for key, value in point.items() if key != "after"}, flush=True)
-            break
-        release()
+            release()  # behind the handler: inside it the exception still holds the frames, and they the tensors
+            if point is not None:
+                found["blocks" if kind == "alone" else "points"].append(point)
+                print(f"{time.monotonic() - began:5.0f} s", {key: value for key, value in point.items() if key != "after"}, flush=True)
+                break
         found["choices"] = [f"{choice.op}: {choice.name}" for choice in registry.choices()]
         save(found)
     return found
 
 
 def release() -> None:
-    """Frees what the last point left, the exception's frames included."""
+    """Frees what the last point left."""
     import torch
 
     gc.collect()

@@ -18,7 +18,10 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("communication", ("nccl", "c10d", "all_reduce", "allreduce", "all_gather", "allgather", "reduce_scatter", "gloo")),
     ("optimizer", ("optimizer", "adam", "muon", "lamb", "clip_grad")),
     ("loss", ("cross_entropy", "crossentropy", "log_softmax", "nll_loss")),
-    ("scan", ("selective_scan", "selectivescan", "c_scan", "ssd", "chunk_scan", "chunk_state", "chunk_cumsum", "state_passing", "_bmm_chunk")),
+    (
+        "scan",
+        ("selective_scan", "selectivescan", "c_scan", "ssd", "chunk_scan", "chunk_state", "chunk_cumsum", "state_passing", "_bmm_chunk"),
+    ),
     ("conv", ("causal_conv", "causalconv", "conv1d", "convolution", "conv_depthwise")),
     ("norm", ("rms_norm", "rmsnorm", "rms_norm_gated", "layer_norm", "layernorm", "_norm_fwd", "_norm_bwd")),
     ("attention", ("flash_attn", "flash_fwd", "flash_bwd", "scaled_dot_product", "fmha")),

@@ -13,7 +13,7 @@ import torch
 from data_tools.errors import UserError
 from mamba_pretrain import __version__, exit_codes
 from mamba_pretrain.checkpoint.reading import Checkpoint, open_checkpoint
-from mamba_pretrain.checkpoint.store import CheckpointStore
+from mamba_pretrain.checkpoint.store import CheckpointStore, SaveError
 from mamba_pretrain.config import RunConfig
 from mamba_pretrain.data.loader import TrainingData, bytes_per_token, validation_batches, validation_names
 from mamba_pretrain.models import model_flops
@@ -43,6 +43,8 @@ from mamba_pretrain.training.state import TrainState
 log = logging.getLogger(__name__)
 
 STOP_AFTER = "train.stop_after"
+# Seconds that a run which failed gives a save under way: its peers may be gone, and then the save never ends.
+PATIENCE_AFTER_FAILURE = 60.0
 
 
 def run_training(config: RunConfig) -> int:
@@ -53,8 +55,10 @@ def run_training(config: RunConfig) -> int:
         training = Training(config, topology)
         try:
             reason = train_loop(training.run)
-        finally:
-            training.close()
+        except BaseException:
+            training.abandon()
+            raise
+        training.close()
     finally:
         ranks.shutdown()
     return exit_codes.DONE if reason in (FINISHED, STOP_AFTER) else exit_codes.REQUEUE
@@ -215,6 +219,17 @@ class Training:
     def close(self) -> None:
         """Waits for the last save and stops the threads."""
         self.store.wait()
+        self._stop()
+
+    def abandon(self) -> None:
+        """After a failure, which is what is to be told: a save that may still end is given a while, and what goes wrong with it is a line."""
+        try:
+            self.store.wait(PATIENCE_AFTER_FAILURE)
+        except SaveError as error:
+            log.warning("%s", error)
+        self._stop()
+
+    def _stop(self) -> None:
         for sink in self._sinks:
             sink.close()
         self.data.close()

@@ -53,9 +53,17 @@ def unsupported(request: Request) -> str | None:
     return "there is nothing to compute" if request.main.numel() == 0 else None
 
 
-@functools.cache
 def unavailable(name: str) -> str | None:
     """Why ``c_src/name.c`` cannot be used here, in words, or None."""
+    return _unavailable(name)
+
+
+# torch.compile calls it while it traces instead of tracing through it (torch.compiler.assume_constant_result, which would import the compiler).
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _unavailable(name: str) -> str | None:
     if compiler() is None:
         return "there is no C compiler (install gcc or clang, or name one in CC)"
     try:

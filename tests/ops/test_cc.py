@@ -19,7 +19,7 @@ NAME = "causal_conv1d"
 
 
 def forget() -> None:
-    for function in (cc.compiler, cc.unavailable, cc.library, cc._key):
+    for function in (cc.compiler, cc._unavailable, cc.library, cc._key):
         function.cache_clear()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,26 @@ class Drill:
         rank = self.random.choice(self.ranks()) if rank is None else rank
         os.kill(self.rank(rank)["pid"], signal.SIGSTOP)
         return f"froze rank {rank}"
+
+    @contextlib.contextmanager
+    def slowed_rank(self, rank: int) -> Iterator[None]:
+        """Inside, one rank gets half of its time: twice as slow as it was."""
+        pid, done = self.rank(rank)["pid"], threading.Event()
+
+        def throttle() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                while not done.is_set():
+                    for number in (signal.SIGSTOP, signal.SIGCONT):
+                        os.kill(pid, number)
+                        time.sleep(0.02)
+
+        thread = threading.Thread(target=throttle)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def heal(self) -> None:
         """Brings lost nodes back."""

@@ -152,7 +152,7 @@ def exports(cluster: ClusterConfig) -> dict[str, str]:
         "TRITON_CACHE_DIR": "triton",
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
         "CUDA_CACHE_PATH": "cuda",
-        "MAMBA_PRETRAIN_CACHE": "kernels",
+        "MAMBA_PRETRAIN_KERNEL_CACHE": "kernels",
     }
     found |= {key: f'"{cluster.cache_dir}/{folder}"' for key, folder in caches.items()}
     if cluster.gpus_per_node:

@@ -20,13 +20,14 @@ def quickstart(
     folder: Path = typer.Option(Path("runs/quickstart"), help="Everything is written here"),
     processes: int = typer.Option(2, min=1, help="Training processes on a CPU; on GPUs one per GPU"),
     steps: int = typer.Option(120, min=20, help="Training steps"),
+    data_only: bool = typer.Option(False, help="Stop when the dataset is ready, for train or submit with configs/quickstart.yaml"),
     overwrite: bool = typer.Option(False, help="Start again in a folder that already holds a quickstart"),
 ) -> None:
     """Run the main job on the Python standard library's source: tokenizer, shards, training, resume, report, sample, export.
 
     Example: `mamba-pretrain quickstart --steps 100 --folder /tmp/quickstart`
     """
-    Quickstart(folder, processes, steps).run(overwrite)
+    Quickstart(folder, processes, steps).run(overwrite, data_only)
 
 
 class Quickstart:
@@ -42,13 +43,16 @@ class Quickstart:
         self._began = time.monotonic()
         self._number = 0
 
-    def run(self, overwrite: bool) -> None:
-        """All steps; stops at the first that fails, with its exit code."""
+    def run(self, overwrite: bool, data_only: bool) -> None:
+        """All steps, or those of the data; stops at the first that fails, with its exit code."""
         if self.folder.exists() and any(self.folder.iterdir()):
             if not overwrite:
                 raise UserError(f"{self.folder} already holds files; pass --overwrite to start again, or another --folder")
             self._clear()
         self._prepare_data()
+        if data_only:
+            print(f"\nThe dataset is ready: {self.data}", flush=True)
+            return
         self._train_with_an_interruption()
         self._use()
         print(

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from launch.config import ClusterConfig
-from launch.slurm import JobPlace, render_data, render_job, sbatch_options
+from launch.slurm import JobPlace, exports, render_data, render_job, sbatch_options
+from mamba_pretrain.ops import kernel_cache
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -113,3 +114,9 @@ def test_keys_become_options(changes: dict[str, Any], option: str) -> None:
 def test_own_variables_win_over_the_network() -> None:
     text = render_job(cluster_of("h100-infiniband", {"environment": {"variables": {"NCCL_IB_HCA": "mlx5_0,mlx5_1"}}}), PLACE)
     assert [line for line in text.splitlines() if "NCCL_IB_HCA" in line] == ["export NCCL_IB_HCA=mlx5_0,mlx5_1"]
+
+
+def test_kernels_are_kept_on_the_nodes_own_disk() -> None:
+    """Under the very name that the kernels' cache looks for."""
+    cluster = ClusterConfig.model_validate({"cache_dir": "/scratch/me"})
+    assert exports(cluster)[kernel_cache.VARIABLE] == '"/scratch/me/kernels"'

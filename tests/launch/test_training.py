@@ -109,6 +109,17 @@ def test_sleeping_rank_is_named_and_the_run_goes_on(hit: Callable) -> None:
 
 
 @pytest.mark.slow
+def test_slow_rank_is_named(rehearsal: Rehearsal) -> None:
+    drill = rehearsal.submit("slowed", 2000, settings={"parallel.strategy": "ddp"})
+    drill.wait("step 5", lambda: drill.last_step() >= 5)
+    with drill.slowed_rank(1):
+        drill.wait_training(60)
+    said = subprocess.run([sys.executable, "-m", "mamba_pretrain", "diagnose", str(drill.run_dir)], capture_output=True, text=True).stdout
+    drill.slurm.run("scancel", drill.job)
+    assert "straggler: rank 1 on node node2 computes" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["torchrun", "no_ssh", "slurm", "pdsh"])
 def test_every_launcher_gives_the_same_losses(rehearsal: Rehearsal, undisturbed: Drill, style: str, ssh: None) -> None:
     keys: dict[str, object] = {"launcher": style} if style == "torchrun" else {"launcher": "deepspeed", "deepspeed_launcher": style}
@@ -130,17 +141,46 @@ def test_warning_reaches_ranks_of_other_launchers(rehearsal: Rehearsal, undistur
 
 
 @pytest.mark.slow
-def test_fewer_nodes_continue_the_same_training(rehearsal: Rehearsal, undisturbed: Drill) -> None:
-    """Another world size adds in another order: equal to rounding, on the same samples."""
-    drill = rehearsal.submit("fewer", STEPS, nodes=2)
-    drill.wait("step 13", lambda: drill.last_step() >= 13)
-    drill.slurm.run("scancel", drill.job)
-    drill.wait("an empty queue", lambda: not Ledger(drill.run_dir).active_jobs())
-    drill = rehearsal.submit("fewer", STEPS, nodes=1, settings={"parallel.strategy": "single"})
+def test_the_number_of_nodes_may_change(rehearsal: Rehearsal, undisturbed: Drill) -> None:
+    """2, then 1, then 2 nodes again. Another world size adds in another order: equal to rounding, on the same samples."""
+    for nodes, until in ((2, 10), (1, 22), (2, STEPS)):
+        drill = rehearsal.submit("changing", STEPS, nodes=nodes, settings={"parallel.strategy": "single" if nodes == 1 else "fsdp2"})
+        drill.wait(f"step {until}", lambda drill=drill, until=until: drill.last_step() >= until)
+        if until < STEPS:
+            drill.slurm.run("scancel", drill.job)
+            drill.wait("an empty queue", lambda drill=drill: not Ledger(drill.run_dir).active_jobs())
     drill.wait_end()
     for mine, theirs in zip(train_rows(drill.rows()), train_rows(undisturbed.rows()), strict=True):
         assert mine[0] == theirs[0]
         assert mine[1] == pytest.approx(theirs[1], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def shipped(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
+    """The quickstart as it is shipped."""
+    made = Rehearsal(tmp_path_factory.mktemp("shipped"), cluster, as_shipped=True)
+    made.make_data()
+    return made
+
+
+@pytest.mark.slow
+def test_the_shipped_quickstart_survives_every_fault(shipped: Rehearsal) -> None:
+    """Time limit, requeue, preemption, a lost node and a rank killed in a save, all in one run: its losses are those of an undisturbed one."""
+    steps, health = 200, {"health": {"enabled": True, "gemm_size": 256, "memory_gb": 0.05, "bandwidth_mb": 4}}
+    reference = shipped.undisturbed(steps, name="shipped-undisturbed")
+    drill = shipped.submit("shipped-hit", steps, **health)  # type: ignore[arg-type]
+    try:
+        for number, fault in enumerate((Drill.requeue, Drill.terminate, Drill.kill_rank_in_save, Drill.lose_node, Drill.time_limit), 2):
+            drill.wait_training(3)
+            fault(drill)
+            drill.wait(f"attempt {number}", lambda number=number: drill.starts() >= number, seconds=240)
+            drill.heal()
+        drill.wait_end(600)
+    finally:
+        drill.slurm.run("scancel", drill.job, check=False)
+        drill.heal()
+    assert differences(drill.rows(), reference.rows()) is None
+    assert Ledger(drill.run_dir).ended() == "done"
 
 
 @pytest.fixture(scope="module")

@@ -118,5 +118,5 @@ def test_own_variables_win_over_the_network() -> None:
 
 def test_kernels_are_kept_on_the_nodes_own_disk() -> None:
     """Under the very name that the kernels' cache looks for."""
-    cluster = ClusterConfig.model_validate({"network": "ethernet", "cache_dir": "/scratch/me"})
+    cluster = ClusterConfig.model_validate({"network": "ethernet", "gpus_per_node": 8, "cache_dir": "/scratch/me"})
     assert exports(cluster)[kernel_cache.VARIABLE] == '"/scratch/me/kernels"'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import typer
 
 from data_tools.cli import change, look, make
@@ -18,8 +20,16 @@ app.command("merge", rich_help_panel="Change")(change.merge)
 app.command("split", rich_help_panel="Change")(change.split)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mamba-data {importlib.metadata.version('mamba-pretrain')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
+) -> None:
     """Turn raw text into packed token shards, and prove what came out.
 
     Start with `mamba-data train-tokenizer` or a tokenizer you have, then `mamba-data tokenize`.

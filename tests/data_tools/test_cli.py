@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import subprocess
 import sys
@@ -21,6 +22,11 @@ def test_help_imports_nothing_heavy():
     code += "print([name for name in ('torch', 'numpy', 'pyarrow', 'datasets', 'tokenizers', 'matplotlib') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_version_is_printed(mamba_data):
+    result = mamba_data("--version")
+    assert (result.code, result.out.strip()) == (0, f"mamba-data {importlib.metadata.version('mamba-pretrain')}")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -36,7 +36,9 @@ def test_a_run_that_lost_its_folder_continues_from_the_copy(make_store, make_eng
 
 
 def test_the_runs_own_checkpoint_comes_first(make_store, make_engine, url):
-    make_store(remote=url).save(make_engine()[0], 30, {})
+    copying = make_store(remote=url)
+    copying.save(make_engine()[0], 30, {})
+    copying.wait()
     alone = make_store()
     alone.save(make_engine()[0], 40, {})
     alone.wait()

@@ -11,7 +11,7 @@ from torch import Tensor
 from mamba_pretrain.ops import cc, registry
 from mamba_pretrain.ops.causal_conv1d import final_inputs, inputs_before
 from mamba_pretrain.ops.common import document_numbers
-from mamba_pretrain.ops.kernel_arguments import Rows, adjacent, fields, pointer, rows, struct
+from mamba_pretrain.ops.kernel_arguments import Rows, fields, struct
 
 # As in the source.
 SOURCE = "causal_conv1d"
@@ -52,21 +52,18 @@ def causal_conv1d(
     return (y, final_inputs(x, history, document)) if return_final_state else y
 
 
-def _run(function: str, x: Tensor, silu: bool, dy: Tensor | None = None, **others: Tensor | None) -> None:
-    """``others``: what the struct holds plain pointers to."""
-    x, dy = adjacent(x), adjacent(dy)
-    whole = {k: None if t is None else t.contiguous() for k, t in others.items()}  # held until the call is over
+def _call(function: str, x: Tensor, weight: Tensor, silu: bool, dy: Tensor | None = None, **others: Tensor | None) -> None:
     batch, length, channels = x.shape
-    sizes = {"length": length, "channels": channels, "taps": len(whole["weight"]), "silu": silu}  # type: ignore[arg-type]
-    params = Params(x=rows(x), dy=rows(dy), **{k: pointer(t) for k, t in whole.items()}, **sizes)
-    cc.run(SOURCE, function, params, batch * -(-channels // TASK_CHANNELS))
+    tasks = batch * -(-channels // TASK_CHANNELS)
+    sizes = {"length": length, "channels": channels, "taps": len(weight), "silu": silu}
+    cc.call(SOURCE, function, Params, tasks, {"x": x, "dy": dy}, {"weight": weight, **others}, **sizes)
 
 
 @torch.library.custom_op("mamba_pretrain::c_conv1d_forward", mutates_args=(), device_types="cpu")
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None, history: Tensor, silu: bool) -> Tensor:
     """y (b, l, d) from x, weight (w, d), document numbers (b, l) and the inputs before x, ``history`` (b, w - 1, d); all fp32."""
     y = x.new_empty(x.shape)
-    _run("causal_conv1d_forward", x, silu, weight=weight, bias=bias, document=document, history=history, y=y)
+    _call("causal_conv1d_forward", x, weight, silu, bias=bias, document=document, history=history, y=y)
     return y
 
 
@@ -79,7 +76,7 @@ def backward(
     dx, dhistory = new(x.shape), new(history.shape)
     dweight, dbias = new(batch, len(weight), channels), new(batch, channels)
     outputs = {"dx": dx, "dhistory": dhistory, "dweight": dweight, "dbias": dbias}
-    _run("causal_conv1d_backward", x, silu, dy, weight=weight, bias=bias, document=document, history=history, **outputs)
+    _call("causal_conv1d_backward", x, weight, silu, dy, bias=bias, document=document, history=history, **outputs)
     return dx, dweight.sum(0), dbias.sum(0), dhistory
 
 

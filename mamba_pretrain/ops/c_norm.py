@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mamba_pretrain.ops import cc, registry
-from mamba_pretrain.ops.kernel_arguments import Rows, adjacent, fields, pointer, rows, struct
+from mamba_pretrain.ops.kernel_arguments import Rows, fields, struct
 from mamba_pretrain.ops.rms_norm import output_dtype
 
 # As in the source.
@@ -52,14 +52,12 @@ def _tasks(x: Tensor) -> int:
     return -(-len(x) // TASK_ROWS)
 
 
-def _run(function: str, eps: float, size: int, weight: Tensor, views: dict[str, Tensor | None], **outputs: Tensor | None) -> None:
-    held = {name: None if t is None else adjacent(t)[None] for name, t in views.items()}
-    weight, x = weight.contiguous(), held["x"]
+def _call(function: str, eps: float, size: int, views: dict[str, Tensor | None], **others: Tensor | None) -> None:
+    """``views``: (rows, d)."""
+    x = views["x"]
     assert x is not None
-    _, count, channels = x.shape
-    plain = {"weight": pointer(weight), **{name: pointer(t) for name, t in outputs.items()}}
-    params = Params(**{name: rows(t) for name, t in held.items()}, **plain, count=count, channels=channels, size=size, eps=eps)
-    cc.run(SOURCE, function, params, _tasks(x[0]))
+    strided = {name: None if t is None else t[None] for name, t in views.items()}
+    cc.call(SOURCE, function, Params, _tasks(x), strided, others, count=len(x), channels=x.shape[1], size=size, eps=eps)
 
 
 # -- norm of x, or of x + residual ----------------------------------------------------------------------------------------------------------
@@ -70,7 +68,7 @@ def plain_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     """y and x + residual (empty without a residual), all (rows, d) fp32."""
     y, total = x.new_empty(x.shape), x.new_empty(x.shape if residual is not None else 0)
     views = {"x": x, "other": residual}
-    _run("rms_norm_forward", eps, x.shape[1], weight, views, y=y, total=total if residual is not None else None)
+    _call("rms_norm_forward", eps, x.shape[1], views, weight=weight, y=y, total=total if residual is not None else None)
     return y, total
 
 
@@ -81,7 +79,7 @@ def plain_backward(
     """Gradients of x, which is the residual's as well, and of the weight."""
     dx, parts = x.new_empty(x.shape), x.new_zeros(_tasks(x), x.shape[1])
     views = {"x": x, "other": residual, "dy": dy, "dtotal": dtotal}
-    _run("rms_norm_backward", eps, x.shape[1], weight, views, dx=dx, dweight=parts)
+    _call("rms_norm_backward", eps, x.shape[1], views, weight=weight, dx=dx, dweight=parts)
     return dx, parts.sum(0)
 
 
@@ -118,7 +116,7 @@ plain_forward.register_autograd(_plain_gradients, setup_context=_setup_plain)
 def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int) -> Tensor:
     """y (rows, d) of ``x``, ``z`` (rows, d) and weight (d), fp32; groups of ``size`` channels."""
     y = x.new_empty(x.shape)
-    _run("gated_rms_norm_forward", eps, size, weight, {"x": x, "other": z}, y=y)
+    _call("gated_rms_norm_forward", eps, size, {"x": x, "other": z}, weight=weight, y=y)
     return y
 
 
@@ -126,7 +124,7 @@ def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int) -
 def gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z and weight."""
     dx, dz, parts = x.new_empty(x.shape), x.new_empty(x.shape), x.new_zeros(_tasks(x), x.shape[1])
-    _run("gated_rms_norm_backward", eps, size, weight, {"x": x, "other": z, "dy": dy}, dx=dx, dother=dz, dweight=parts)
+    _call("gated_rms_norm_backward", eps, size, {"x": x, "other": z, "dy": dy}, weight=weight, dx=dx, dother=dz, dweight=parts)
     return dx, dz, parts.sum(0)
 
 

@@ -6,14 +6,14 @@ One pass over the sequence with the state in registers instead of a chain of ten
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mamba_pretrain.ops import cc, registry
 from mamba_pretrain.ops.common import document_starts
-from mamba_pretrain.ops.kernel_arguments import Rows, adjacent, fields, pointer, rows, struct
+from mamba_pretrain.ops.kernel_arguments import Rows, fields, struct
+from mamba_pretrain.ops.scan_autograd import register_gradients
 
 # As in the source.
 SOURCE = "selective_scan"
@@ -68,17 +68,14 @@ def _tasks(u: Tensor) -> int:
     return -(-u.shape[2] // TASK_CHANNELS)
 
 
-def _run(function: str, inputs: tuple[Tensor | None, ...], **others: Tensor | None) -> None:
+def _call(function: str, inputs: tuple[Tensor | None, ...], dy: Tensor | None = None, **others: Tensor | None) -> None:
     u, delta, A, B, C, D, z, bias, starts = inputs
     assert u is not None
     assert A is not None
-    strided = {"u": u, "delta": delta, "z": z, "B": B, "C": C, "dy": others.pop("dy", None)}
-    strided = {k: adjacent(t) for k, t in strided.items()}
-    flat = {"A": A.t(), "D": D, "bias": bias, "starts": starts, **others}
-    whole = {k: None if t is None else t.contiguous() for k, t in flat.items()}  # held until the call is over
-    sizes = {"length": u.shape[1], "channels": u.shape[2], "states": A.shape[1]}
-    params = Params(**{k: rows(t) for k, t in strided.items()}, **{k: pointer(t) for k, t in whole.items()}, **sizes)
-    cc.run(SOURCE, function, params, u.shape[0] * _tasks(u))
+    strided = {"u": u, "delta": delta, "z": z, "B": B, "C": C, "dy": dy}
+    whole = {"A": A.t(), "D": D, "bias": bias, "starts": starts, **others}
+    tasks = u.shape[0] * _tasks(u)
+    cc.call(SOURCE, function, Params, tasks, strided, whole, length=u.shape[1], channels=u.shape[2], states=A.shape[1])
 
 
 def _outputs(u: Tensor, A: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +95,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, starts, initial_state, save):  
     """y (b, l, d), the final state (b, d, n) and, if ``save``, the states before chunks (b, chunks, n, d) for the backward pass."""
     y, final, checkpoints = _outputs(u, A, save)
     inputs = (u, delta, A, B, C, D, z, delta_bias, starts)
-    _run("selective_scan_forward", inputs, initial=initial_state, y=y, final=final, checkpoints=checkpoints if save else None)
+    _call("selective_scan_forward", inputs, initial=initial_state, y=y, final=final, checkpoints=checkpoints if save else None)
     return y, final, checkpoints
 
 
@@ -119,7 +116,7 @@ def backward(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, starts, checkpoint
     dinitial = new(batch, channels, states)
     inputs = (u, delta, A, B, C, D, z, delta_bias, starts)
     outputs = {**found, **parts, **by_task, "dinitial": dinitial}
-    _run("selective_scan_backward", inputs, dy=dy, dfinal=dfinal, checkpoints=checkpoints, **outputs)
+    _call("selective_scan_backward", inputs, dy=dy, dfinal=dfinal, checkpoints=checkpoints, **outputs)
     dA, dD, dbias = (part.sum(0) for part in parts.values())
     dB, dC = (part.sum(1) for part in by_task.values())
     return found["du"], found["ddelta"], dA.t().contiguous(), dB, dC, dD, found["dz"], dbias, dinitial
@@ -138,20 +135,4 @@ def _(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, starts, checkpoints):  # 
     return new(u.shape), new(u.shape), new(A.shape), *shared
 
 
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, initial_state, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.has_initial = initial_state is not None
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    *inputs, checkpoints = ctx.saved_tensors
-    found = backward(torch.zeros_like(inputs[0]) if dy is None else dy, dfinal, *inputs, checkpoints)
-    present = [*(t is not None for t in inputs[:8]), ctx.has_initial]
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (g if there else None for g, there in zip(found, present, strict=True))
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, None, dinitial, None
-
-
-forward.register_autograd(_gradients, setup_context=_setup_context)
+register_gradients(forward, backward, forward_only=1)  # whether to save

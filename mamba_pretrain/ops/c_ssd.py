@@ -6,14 +6,14 @@ Small matrix products over short chunks whose operands stay in the cache; result
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mamba_pretrain.ops import cc, registry
 from mamba_pretrain.ops.common import document_starts
-from mamba_pretrain.ops.kernel_arguments import Rows, adjacent, fields, pointer, rows, struct
+from mamba_pretrain.ops.kernel_arguments import Rows, fields, struct
+from mamba_pretrain.ops.scan_autograd import register_gradients
 
 # As in the source.
 SOURCE = "ssd_scan"
@@ -69,19 +69,18 @@ def _parts(x: Tensor, B: Tensor) -> int:
     return -(-(x.shape[2] // B.shape[2]) // TASK_HEADS)
 
 
-def _run(function: str, inputs: tuple[Tensor | None, ...], limits: tuple[float, float], **others: Tensor | None) -> None:
+def _call(
+    function: str, inputs: tuple[Tensor | None, ...], limits: tuple[float, float], dy: Tensor | None = None, **others: Tensor | None
+) -> None:
     x, dt, A, B, C, D, z, bias, starts = inputs
     assert x is not None
     assert B is not None
     (batch, length, heads, headdim), (groups, states) = x.shape, B.shape[2:]
-    wide = {"x": x, "z": z, "B": B, "C": C, "dy": others.pop("dy", None)}
-    strided = {k: None if t is None else adjacent(t.flatten(2)) for k, t in wide.items()}
-    flat = {"A": A, "D": D, "bias": bias, "starts": starts, **others}
-    whole = {k: None if t is None else t.contiguous() for k, t in flat.items()}  # held until the call is over
+    flat = {key: None if t is None else t.flatten(2) for key, t in {"x": x, "z": z, "B": B, "C": C, "dy": dy}.items()}
+    whole = {"A": A, "D": D, "bias": bias, "starts": starts, **others}
     sizes = {"length": length, "heads": heads, "headdim": headdim, "groups": groups, "states": states}
-    views = {k: rows(t) for k, t in {**strided, "dt": adjacent(dt)}.items()}
-    params = Params(**views, **{k: pointer(t) for k, t in whole.items()}, **sizes, dt_min=limits[0], dt_max=limits[1])
-    cc.run(SOURCE, function, params, batch * groups * _parts(x, B))
+    tasks = batch * groups * _parts(x, B)
+    cc.call(SOURCE, function, Params, tasks, {**flat, "dt": dt}, whole, **sizes, dt_min=limits[0], dt_max=limits[1])
 
 
 def _outputs(x: Tensor, B: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +102,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, save, chunk_si
     """
     y, final, checkpoints = _outputs(x, B, save)
     inputs, outputs = (x, dt, A, B, C, D, z, dt_bias, starts), {"y": y, "final": final, "checkpoints": checkpoints if save else None}
-    _run("ssd_scan_forward", inputs, (dt_min, dt_max), initial=initial_state, **outputs)
+    _call("ssd_scan_forward", inputs, (dt_min, dt_max), initial=initial_state, **outputs)
     return y, final, checkpoints
 
 
@@ -122,7 +121,7 @@ def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, checkpoints, chu
     by_task = {name: new(batch, groups, _parts(x, B), length, states) for name in ("dB", "dC")}
     dinitial = new(batch, heads, headdim, states)
     inputs, outputs = (x, dt, A, B, C, D, z, dt_bias, starts), {**found, **parts, **by_task, "dinitial": dinitial}
-    _run("ssd_scan_backward", inputs, (dt_min, dt_max), dy=dy, dfinal=dfinal, checkpoints=checkpoints, **outputs)
+    _call("ssd_scan_backward", inputs, (dt_min, dt_max), dy=dy, dfinal=dfinal, checkpoints=checkpoints, **outputs)
     dA, dD, dbias = (part.sum(0) for part in parts.values())
     dB, dC = (part.sum(2).transpose(1, 2).contiguous() for part in by_task.values())
     return found["dx"], found["ddt"], dA, dB, dC, dD, found["dz"], dbias, dinitial
@@ -142,21 +141,4 @@ def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, checkpoints, chunk_size
     return new(x.shape), new(dt.shape), per_head[0], new(B.shape), new(C.shape), per_head[1], dz, per_head[2], dinitial
 
 
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, initial_state, _, chunk_size, dt_min, dt_max = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.has_initial = initial_state is not None
-    ctx.options = chunk_size, dt_min, dt_max
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    *inputs, checkpoints = ctx.saved_tensors
-    found = backward(torch.zeros_like(inputs[0]) if dy is None else dy, dfinal, *inputs, checkpoints, *ctx.options)
-    present = [*(t is not None for t in inputs[:8]), ctx.has_initial]
-    *gradients, dinitial = (g if there else None for g, there in zip(found, present, strict=True))
-    return *gradients, None, dinitial, None, None, None, None
-
-
-forward.register_autograd(_gradients, setup_context=_setup_context)
+register_gradients(forward, backward, forward_only=1)  # whether to save

@@ -18,13 +18,16 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mamba_pretrain.ops.kernel_arguments import adjacent, pointer, rows
 from mamba_pretrain.ops.kernel_cache import cache_folder
 from mamba_pretrain.ops.registry import Request
 
@@ -119,21 +122,22 @@ def _compile(name: str, made: Path) -> None:
 
 @functools.cache
 def _key(name: str) -> str:
-    version = subprocess.run([str(compiler()), "--version"], capture_output=True, text=True, timeout=PATIENCE, check=False).stdout
     sources = [*sorted(SOURCES.glob("*.h")), SOURCES / f"{name}.c"]
     digest = hashlib.sha256()
-    for part in (version, *OPTIONS, str(EXTRAS), _instructions(), *(path.read_text() for path in sources)):
+    for part in (*_machine(), *OPTIONS, str(EXTRAS), *(path.read_text() for path in sources)):
         digest.update(hashlib.sha256(part.encode()).digest())
     return digest.hexdigest()[:24]
 
 
-def _instructions() -> str:
-    """What distinguishes the instruction sets of machines that may share a cache."""
+@functools.cache
+def _machine() -> tuple[str, str]:
+    """The compiler's version, and what distinguishes the instruction sets of machines that may share a cache."""
+    version = subprocess.run([str(compiler()), "--version"], capture_output=True, text=True, timeout=PATIENCE, check=False).stdout
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.machine() + platform.processor()
-    return platform.machine() + next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+        return version, platform.machine() + platform.processor()
+    return version, platform.machine() + next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
 
 
 def _first_line(error: Exception) -> str:
@@ -144,19 +148,37 @@ def _first_line(error: Exception) -> str:
 # -- calls --------------------------------------------------------------------------------------------------------------------------------
 
 
-def run(name: str, function: str, arguments: Any, tasks: int) -> None:
-    """Calls ``function(&arguments, first, last)`` of ``c_src/name.c`` over all tasks, on as many threads as torch uses."""
-    loaded = library(name)
-    call = getattr(loaded, function)
+def call(
+    name: str,
+    function: str,
+    params: Any,
+    tasks: int,
+    strided: Mapping[str, Tensor | None],
+    whole: Mapping[str, Tensor | None],
+    **numbers: float,
+) -> None:
+    """Calls ``function(&struct, first, last)`` of ``c_src/name.c`` over all tasks, on as many threads as torch uses.
+
+    ``params`` is the type of the struct. ``strided`` tensors are (batch, length, channels), passed as rows with adjacent channels; of ``whole``
+    ones the kernel sees the beginning of a contiguous tensor. Outputs must be contiguous already.
+    """
+    views = {key: adjacent(t) for key, t in strided.items()}
+    held = {key: None if t is None else t.contiguous() for key, t in whole.items()}  # copies live until the call is over
+    arguments = params(**{key: rows(t) for key, t in views.items()}, **{key: pointer(t) for key, t in held.items()}, **numbers)
+    _run(library(name), function, arguments, tasks)
+
+
+def _run(loaded: ctypes.CDLL, function: str, arguments: Any, tasks: int) -> None:
+    kernel = getattr(loaded, function)
     where = ctypes.c_void_p(ctypes.addressof(arguments))
     threads = max(1, min(torch.get_num_threads(), tasks))
     if ctypes.c_int.in_dll(loaded, "has_openmp"):
-        loaded.run_tasks(call, where, ctypes.c_int64(tasks), ctypes.c_int64(threads))
+        loaded.run_tasks(kernel, where, ctypes.c_int64(tasks), ctypes.c_int64(threads))
         return
     bounds = [ctypes.c_int64(tasks * i // threads) for i in range(threads + 1)]
     mine, *rest = pairwise(bounds)
-    others = [_pool(threads).submit(call, where, *part) for part in rest]  # ctypes releases the interpreter's lock
-    call(where, *mine)
+    others = [_pool(threads).submit(kernel, where, *part) for part in rest]  # ctypes releases the interpreter's lock
+    kernel(where, *mine)
     for other in others:
         other.result()
 

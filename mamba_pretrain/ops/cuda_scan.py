@@ -6,14 +6,13 @@ deterministic, with document boundaries and states in and out. Kernels: ``cuda_s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mamba_pretrain.ops import cuda_scan_kernels as kernels
 from mamba_pretrain.ops import nvrtc, registry
 from mamba_pretrain.ops.kernel_arguments import adjacent
+from mamba_pretrain.ops.scan_autograd import register_gradients
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? seq_idx"
 
@@ -126,21 +125,4 @@ def _(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, seq_idx, checkpoints):  #
     )
 
 
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, initial_state, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.has_initial = initial_state is not None
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    *inputs, checkpoints = ctx.saved_tensors
-    u = inputs[0]
-    found = backward(torch.zeros_like(u) if dy is None else dy.to(u.dtype), dfinal, *inputs, checkpoints)
-    present = [*(t is not None for t in inputs[:8]), ctx.has_initial]
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (g if there else None for g, there in zip(found, present, strict=True))
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, None, dinitial, None
-
-
-forward.register_autograd(_gradients, setup_context=_setup_context)
+register_gradients(forward, backward, forward_only=1)  # whether to save

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba_pretrain.ops.common import without_autocast
+from mamba_pretrain.ops.scan_autograd import register_gradients
 
 # Time steps of a segment, and elements (batch x time x state x channels) of a block: on a CPU what stays in the cache pays.
 SEGMENT = 2048
@@ -246,7 +247,7 @@ def _empty_outputs(ops: _Operands) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(
-    dy: Tensor | None,
+    dy: Tensor,
     dfinal: Tensor | None,
     u: Tensor,
     delta: Tensor,
@@ -261,7 +262,6 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     ops = _Operands(u, delta, A, B, C, D, z, delta_bias, starts)
     grads = _Gradients.zeros(ops)
-    dy = torch.zeros_like(u) if dy is None else dy
     dfinal = torch.zeros_like(grads.initial) if dfinal is None else dfinal
     for channels in ops.channel_slices():
         state = dfinal[:, channels].float().transpose(1, 2)
@@ -353,7 +353,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, starts, initial_state):  # type
 @torch.library.custom_op(
     "mamba_pretrain::selective_scan_backward",
     mutates_args=(),
-    schema=f"(Tensor? dy, Tensor? dfinal, {_INPUTS}, Tensor before) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor before) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, starts, before):  # type: ignore[no-untyped-def]
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state); empty tensors for absent inputs."""
@@ -371,20 +371,4 @@ def _(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, starts, before):  # type:
     return _Gradients.zeros(_Operands(u, delta, A, B, C, D, z, delta_bias, starts)).in_order()
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, initial_state = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.has_initial = initial_state is not None
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]
-    *inputs, before = ctx.saved_tensors
-    found = backward(dy, dfinal, *inputs, before)
-    present = [*(t is not None for t in inputs[:-1]), ctx.has_initial]
-    du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = (g if there else None for g, there in zip(found, present, strict=True))
-    return du, ddelta, dA, dB, dC, dD, dz, dbias, None, dinitial
-
-
-forward.register_autograd(_gradients, setup_context=_setup_context)
+register_gradients(forward, backward)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba_pretrain.ops.common import without_autocast
+from mamba_pretrain.ops.scan_autograd import register_gradients
 
 # Time steps handled by one matmul, and elements (batch x time x heads x chunk) of a block: on a CPU what stays in the cache pays.
 MAX_CHUNK = {"cpu": 64, "cuda": 128}
@@ -299,9 +300,8 @@ class _Gradients:
         return self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial
 
 
-def _backward(ops: _Operands, dy: Tensor | None, dfinal: Tensor | None, before: Tensor) -> tuple[Tensor, ...]:
+def _backward(ops: _Operands, dy: Tensor, dfinal: Tensor | None, before: Tensor) -> tuple[Tensor, ...]:
     grads = _Gradients.zeros(ops)
-    dy = torch.zeros_like(ops.x) if dy is None else dy
     state = ops.state_in(torch.zeros_like(grads.initial) if dfinal is None else dfinal)
     for time, chunks in reversed(ops.blocks()):
         state = _accumulate(ops, grads, time, dy[:, time].float(), state, before[chunks])
@@ -359,7 +359,7 @@ def forward(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, chunk_size, dt
 @torch.library.custom_op(
     "mamba_pretrain::ssd_scan_backward",
     mutates_args=(),
-    schema=f"(Tensor? dy, Tensor? dfinal, {_INPUTS}, Tensor before, {_OPTIONS})"
+    schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor before, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, before, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
@@ -378,27 +378,4 @@ def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, before, chunk_size, dt_
     return _Gradients.zeros(_Operands(x, dt, A, B, C, D, z, dt_bias, starts, chunk_size, dt_min, dt_max)).in_order()
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, initial_state, chunk_size, dt_min, dt_max = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.has_initial = initial_state is not None
-    ctx.options = chunk_size, dt_min, dt_max
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]
-    *inputs, before = ctx.saved_tensors
-    found = backward(dy, dfinal, *inputs, before, *ctx.options)
-    present = [*(t is not None for t in inputs[:-1]), ctx.has_initial]
-    return (
-        *(g if there else None for g, there in zip(found[:8], present[:8], strict=True)),
-        None,
-        found[8] if present[8] else None,
-        None,
-        None,
-        None,
-    )
-
-
-forward.register_autograd(_gradients, setup_context=_setup_context)
+register_gradients(forward, backward)

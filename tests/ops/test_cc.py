@@ -19,7 +19,7 @@ NAME = "causal_conv1d"
 
 
 def forget() -> None:
-    for function in (cc.compiler, cc._unavailable, cc.library, cc._key):
+    for function in (cc.compiler, cc._unavailable, cc.library, cc._key, cc._machine):
         function.cache_clear()
 
 

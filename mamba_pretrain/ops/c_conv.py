@@ -16,7 +16,6 @@ from mamba_pretrain.ops.kernel_arguments import Rows, fields, struct
 # As in the source.
 SOURCE = "causal_conv1d"
 MAX_TAPS = 8
-TASK_CHANNELS = 128
 
 Params = struct(
     "Params",
@@ -54,7 +53,7 @@ def causal_conv1d(
 
 def _call(function: str, x: Tensor, weight: Tensor, silu: bool, dy: Tensor | None = None, **others: Tensor | None) -> None:
     batch, length, channels = x.shape
-    tasks = batch * -(-channels // TASK_CHANNELS)
+    tasks = batch * cc.channel_groups(x)
     sizes = {"length": length, "channels": channels, "taps": len(weight), "silu": silu}
     cc.call(SOURCE, function, Params, tasks, {"x": x, "dy": dy}, {"weight": weight, **others}, **sizes)
 

@@ -18,7 +18,6 @@ from mamba_pretrain.ops.scan_autograd import register_gradients
 # As in the source.
 SOURCE = "selective_scan"
 CHUNK = 32  # steps between kept states
-TASK_CHANNELS = 128
 MAX_STATES = 256
 
 Params = struct(
@@ -63,18 +62,13 @@ def selective_scan(
     return (y, final) if return_final_state else y
 
 
-def _tasks(u: Tensor) -> int:
-    """Task groups of one row."""
-    return -(-u.shape[2] // TASK_CHANNELS)
-
-
 def _call(function: str, inputs: tuple[Tensor | None, ...], dy: Tensor | None = None, **others: Tensor | None) -> None:
     u, delta, A, B, C, D, z, bias, starts = inputs
     assert u is not None
     assert A is not None
     strided = {"u": u, "delta": delta, "z": z, "B": B, "C": C, "dy": dy}
     whole = {"A": A.t(), "D": D, "bias": bias, "starts": starts, **others}
-    tasks = u.shape[0] * _tasks(u)
+    tasks = u.shape[0] * cc.channel_groups(u)
     cc.call(SOURCE, function, Params, tasks, strided, whole, length=u.shape[1], channels=u.shape[2], states=A.shape[1])
 
 
@@ -112,7 +106,7 @@ def backward(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, starts, checkpoint
     found = {name: new(u.shape) for name in ("du", "ddelta")}
     found["dz"] = new(u.shape if z is not None else 0)
     parts = {"dA": new(batch, states, channels), "dD": new(batch, channels), "dbias": new(batch, channels)}
-    by_task = {name: new(batch, _tasks(u), length, states) for name in ("dB", "dC")}
+    by_task = {name: new(batch, cc.channel_groups(u), length, states) for name in ("dB", "dC")}
     dinitial = new(batch, channels, states)
     inputs = (u, delta, A, B, C, D, z, delta_bias, starts)
     outputs = {**found, **parts, **by_task, "dinitial": dinitial}

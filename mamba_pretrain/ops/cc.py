@@ -38,6 +38,7 @@ OPTIONS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-t
 # What not every compiler knows, the best first: threads that are torch's own, and this machine's instruction set instead of any of its kind.
 EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ())
 PATIENCE = 120  # seconds for one compilation
+TASK_CHANNELS = 128  # as in groups.h
 
 
 @functools.cache
@@ -146,6 +147,11 @@ def _first_line(error: Exception) -> str:
 
 
 # -- calls --------------------------------------------------------------------------------------------------------------------------------
+
+
+def channel_groups(x: Tensor) -> int:
+    """Tasks that kernels which include groups.h make of one row of ``x`` (batch, length, channels)."""
+    return -(-x.shape[2] // TASK_CHANNELS)
 
 
 def call(

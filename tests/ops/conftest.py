@@ -11,7 +11,7 @@ oracle. So a new implementation is covered by::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -381,3 +381,23 @@ def check_isolation() -> Callable[..., None]:
             assert torch.equal(a, b), name
 
     return check
+
+
+@pytest.fixture
+def check_threads() -> Iterator[Callable[..., None]]:
+    """Requires outputs and gradients of an op's C kernel to be the same on one thread and on three, to the bit."""
+    before = torch.get_num_threads()
+
+    def check(op: Callable[..., Tensor], inputs: dict[str, Tensor], **options: Any) -> None:
+        def outcome(threads: int) -> list[Tensor]:
+            torch.set_num_threads(threads)
+            leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+            with registry.using(**{op.__name__: "c"}):
+                y = op(**leaves, **options)
+            return [y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))]
+
+        for one, three in zip(outcome(1), outcome(3), strict=True):
+            assert torch.equal(one, three)
+
+    yield check
+    torch.set_num_threads(before)

@@ -25,6 +25,11 @@ def test_bf16(conv_case, check_conv):
     check_conv(conv_case, "c", dtype=torch.bfloat16)
 
 
+def test_threads_do_not_change_a_bit(check_threads):
+    torch.manual_seed(0)
+    check_threads(causal_conv1d, {"x": torch.randn(2, 70, 300), "weight": torch.randn(300, 4), "bias": torch.randn(300)})
+
+
 @pytest.mark.parametrize("start", [1, 2, 3, 4, 16, 19])
 def test_documents_are_isolated_to_the_bit(start, check_isolation):
     torch.manual_seed(0)

@@ -3,9 +3,9 @@
 // A task is one row of the batch and GROUP vectors of channels. It follows time in strips; backward, each vector crosses a strip by itself, with
 // its sums in registers. Tasks share nothing.
 
-#include "lanes.h"
+#include "groups.h"
 
-enum { GROUP = 8, STRIP = 32, MAX_TAPS = 8 };
+enum { STRIP = 32, MAX_TAPS = 8 };
 
 struct conv {
     struct rows x, dy;
@@ -16,18 +16,6 @@ struct conv {
     float *dweight, *dbias;      // sums of each row: (b, w, d), (b, d)
     int64_t length, channels, taps, silu;
 };
-
-struct place {
-    int64_t batch, channel, lanes;  // of one vector
-};
-
-// The vectors of a task: from the returned one, LANES channels apart, while there are lanes; GROUP at most.
-INLINE struct place first_of(const struct conv* s, int64_t task) {
-    int64_t groups = (s->channels + GROUP * LANES - 1) / (GROUP * LANES), channel = task % groups * GROUP * LANES;
-    return (struct place){task / groups, channel, smaller(s->channels - channel, GROUP * LANES)};
-}
-
-INLINE struct place following(struct place p) { return (struct place){p.batch, p.channel + LANES, p.lanes - LANES}; }
 
 // The input at step t, which may lie before position 0.
 INLINE vec input(const struct conv* s, struct place p, int64_t t) {
@@ -86,7 +74,7 @@ INLINE void forward_strip(const struct conv* s, struct place start, int64_t firs
 // Runs tasks first, ..., last - 1 of batch x groups.
 void causal_conv1d_forward(const struct conv* s, int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
-        struct place p = first_of(s, task);
+        struct place p = first_of(s->channels, task);
         for (int64_t t = 0; t < s->length; t += STRIP) {
             int64_t reach[STRIP], steps = smaller(STRIP, s->length - t), least = read_reach(s, p.batch, t, steps, reach);
             if (s->taps == 4 && least == 3)
@@ -131,7 +119,7 @@ INLINE void backward_strip(const struct conv* s, struct place p, int64_t first, 
 // Runs tasks first, ..., last - 1 of batch x groups.
 void causal_conv1d_backward(const struct conv* s, int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
-        struct place p = first_of(s, task);
+        struct place p = first_of(s->channels, task);
         struct sums sums[GROUP];
         memset(sums, 0, sizeof sums);
         for (int64_t t = (s->length - 1) / STRIP * STRIP; t >= 0; t -= STRIP) {

@@ -4,9 +4,9 @@
 // and GROUP vectors of channels; tasks share nothing, so results do not depend on how many threads run them. For the backward pass the forward
 // pass keeps the state before every CHUNK steps; a chunk's states are recomputed from it.
 
-#include "lanes.h"
+#include "groups.h"
 
-enum { CHUNK = 32, GROUP = 8, MAX_STATES = 256 };
+enum { CHUNK = 32, MAX_STATES = 256 };
 
 struct scan {
     struct rows u, delta, z, B, C, dy;
@@ -19,10 +19,6 @@ struct scan {
     float *dA, *dD, *dbias, *dinitial;  // sums of each row: (b, n, d), (b, d), (b, d); (b, d, n)
     float *dB, *dC;  // sums of each task: (b, groups, l, n)
     int64_t length, channels, states;
-};
-
-struct place {
-    int64_t batch, channel, lanes;  // of one vector
 };
 
 INLINE int starts_at(const struct scan* s, int64_t batch, int64_t t) { return s->starts && s->starts[batch * s->length + t]; }
@@ -65,19 +61,10 @@ INLINE void forward_vector(const struct scan* s, struct place p, const int64_t N
     for (int64_t n = 0; n < N; ++n) scatter(s->final + (p.batch * s->channels + p.channel) * N + n, N, h[n], p.lanes);
 }
 
-INLINE int64_t groups_of(const struct scan* s) { return (s->channels + GROUP * LANES - 1) / (GROUP * LANES); }
-
-INLINE struct place place_of(const struct scan* s, int64_t task, int64_t vector) {
-    int64_t groups = groups_of(s), channel = (task % groups * GROUP + vector) * LANES;
-    return (struct place){task / groups, channel, s->channels - channel};
-}
-
 // Runs tasks first, ..., last - 1 of batch x groups.
 void selective_scan_forward(const struct scan* s, int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task)
-        for (int64_t vector = 0; vector < GROUP; ++vector) {
-            struct place p = place_of(s, task, vector);
-            if (p.lanes <= 0) break;
+        for (struct place p = first_of(s->channels, task); p.lanes > 0; p = following(p)) {
             if (s->states == 16)  // a constant: the state lives in registers
                 forward_vector(s, p, 16);
             else
@@ -149,9 +136,8 @@ INLINE void backward_chunk(const struct scan* s, struct place p, int64_t chunk, 
 
 INLINE void begin_task(const struct scan* s, int64_t task, struct memory m) {
     int64_t N = s->states;
-    for (int64_t vector = 0; vector < GROUP; ++vector) {
-        struct place p = place_of(s, task, vector);
-        if (p.lanes <= 0) break;
+    int64_t vector = 0;
+    for (struct place p = first_of(s->channels, task); p.lanes > 0; p = following(p), ++vector) {
         m.dD[vector] = m.dbias[vector] = splat(0.0f);
         for (int64_t n = 0; n < N; ++n) {
             const float* from = s->dfinal + (p.batch * s->channels + p.channel) * N + n;
@@ -163,9 +149,8 @@ INLINE void begin_task(const struct scan* s, int64_t task, struct memory m) {
 
 INLINE void end_task(const struct scan* s, int64_t task, struct memory m) {
     int64_t N = s->states;
-    for (int64_t vector = 0; vector < GROUP; ++vector) {
-        struct place p = place_of(s, task, vector);
-        if (p.lanes <= 0) break;
+    int64_t vector = 0;
+    for (struct place p = first_of(s->channels, task); p.lanes > 0; p = following(p), ++vector) {
         int64_t row = p.batch * s->channels + p.channel;
         store(s->dD + row, m.dD[vector], p.lanes);
         store(s->dbias + row, m.dbias[vector], p.lanes);
@@ -187,9 +172,8 @@ void selective_scan_backward(const struct scan* s, int64_t first, int64_t last) 
         begin_task(s, task, m);
         for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
             memset(m.dB, 0, 2 * CHUNK * N * sizeof(vec));
-            for (int64_t vector = 0; vector < GROUP; ++vector) {
-                struct place p = place_of(s, task, vector);
-                if (p.lanes <= 0) break;
+            int64_t vector = 0;
+            for (struct place p = first_of(s->channels, task); p.lanes > 0; p = following(p), ++vector) {
                 if (N == 16)
                     backward_chunk(s, p, chunk, m, vector, 16);
                 else

@@ -32,11 +32,16 @@ def _check_local(out: Path) -> None:
         )
 
 
-def check_free(out: Path, overwrite: bool, what: str = "--output") -> None:
-    """Raises UserError when the folder holds files that would be lost, or cannot be made. A dataset may be overwritten; strangers' files never."""
+def _check_place(out: Path, what: str = "--output") -> None:
+    """Raises UserError for what no folder can be made of: a URL, a file."""
     _check_local(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another {what}")
+
+
+def check_free(out: Path, overwrite: bool, what: str = "--output") -> None:
+    """Raises UserError when the folder holds files that would be lost, or cannot be made. A dataset may be overwritten; strangers' files never."""
+    _check_place(out, what)
     held = {path.name for path in out.iterdir()} - TOLERATED if out.exists() else set()
     if not held:
         return
@@ -49,9 +54,7 @@ def check_free(out: Path, overwrite: bool, what: str = "--output") -> None:
 
 def check_empty(out: Path, overwrite: bool) -> None:
     """Raises UserError unless files may be written into ``out``."""
-    _check_local(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; choose another --output")
+    _check_place(out)
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} already holds files; choose another --output or pass --overwrite")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import RESULTS, newest, record
+from record import RESULTS, Growing, newest
 
 REPOSITORY = Path(__file__).parents[1]
 MODELS = {"mamba1-130m": "configs/mamba1/130m.yaml", "mamba2-130m": "configs/mamba2/130m.yaml"}
@@ -42,44 +42,39 @@ def common(data: Path, steps: int, batch: int, isolate: bool) -> list[str]:
     return [*overrides, f"train.global_batch_size={batch}", "train.global_batch_tokens=null", "evaluation.max_samples=64"]
 
 
-def loss_curves(data: Path, steps: int, scratch: Path, isolate: bool) -> dict[str, Any]:
-    """300 steps of each model with the fused kernels: curves and speed."""
-    found: dict[str, Any] = {}
-    for name, config in MODELS.items():
-        overrides = [*common(data, steps, 32, isolate), "train.micro_batch_size=16", "optim.lr=1.5e-3"]
-        rows = train(config, scratch / name, overrides)
-        steady = [row for row in rows if row["kind"] == "train"]
-        tail = steady[len(steady) // 5 :]
-        found[name] = {
-            "loss": [round(row["loss"], 5) for row in steady],
-            "validation": [row["loss"] for row in rows if row["kind"] == "eval"],
-            "tokens_per_second": statistics.median(row["tokens_per_second"] for row in tail),
-            "mfu": statistics.median(row["mfu"] for row in tail),
-            "mfu_6n": statistics.median(row["mfu_6n"] for row in tail),
-            "memory_gb": max(row["memory_gb"] for row in steady),
-            "data_wait_share": statistics.median(row["data_wait"] / row["step_time"] for row in tail),
-        }
-    return found
+def loss_curve(name: str, data: Path, steps: int, batch: int, scratch: Path, isolate: bool) -> dict[str, Any]:
+    """A model's training with the fused kernels: losses and speed."""
+    overrides = [*common(data, steps, batch, isolate), "train.micro_batch_size=16", "optim.lr=1.5e-3"]
+    rows = train(MODELS[name], scratch / name, overrides)
+    steady = [row for row in rows if row["kind"] == "train"]
+    tail = steady[len(steady) // 5 :]
+    return {
+        "batch": batch,
+        "loss": [round(row["loss"], 5) for row in steady],
+        "validation": [row["loss"] for row in rows if row["kind"] == "eval"],
+        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in tail),
+        "mfu": statistics.median(row["mfu"] for row in tail),
+        "mfu_6n": statistics.median(row["mfu_6n"] for row in tail),
+        "memory_gb": max(row["memory_gb"] for row in steady),
+        "data_wait_share": statistics.median(row["data_wait"] / row["step_time"] for row in tail),
+    }
 
 
-def agreement(data: Path, scratch: Path, isolate: bool) -> dict[str, Any]:
+def agreement(name: str, data: Path, scratch: Path, isolate: bool) -> dict[str, Any]:
     """20 steps with the reference implementations against 20 with what the resolver picks; bf16, same seed, same data."""
-    found: dict[str, Any] = {}
-    for name, config in MODELS.items():
-        shared = [
-            *common(data, 20, 8, isolate),
-            "train.micro_batch_size=4",
-            "evaluation.at_end=false",
-            "data.sequence_length=1024",
-            "optim.lr=6e-4",
-        ]
-        curves = {}
-        for kind, extra in {"fused": [], "reference": ["ops.require=reference"]}.items():
-            rows = train(config, scratch / f"{name}-{kind}", shared + extra)
-            curves[kind] = [row["loss"] for row in rows if row["kind"] == "train"]
-        worst = max(abs(a - b) / b for a, b in zip(curves["fused"], curves["reference"], strict=True))
-        found[name] = {**curves, "largest_relative_difference": worst}
-    return found
+    shared = [
+        *common(data, 20, 8, isolate),
+        "train.micro_batch_size=4",
+        "evaluation.at_end=false",
+        "data.sequence_length=1024",
+        "optim.lr=6e-4",
+    ]
+    curves = {}
+    for kind, extra in {"fused": [], "reference": ["ops.require=reference"]}.items():
+        rows = train(MODELS[name], scratch / f"{name}-{kind}", shared + extra)
+        curves[kind] = [row["loss"] for row in rows if row["kind"] == "train"]
+    worst = max(abs(a - b) / b for a, b in zip(curves["fused"], curves["reference"], strict=True))
+    return {**curves, "largest_relative_difference": worst}
 
 
 def check(result: dict[str, Any]) -> list[str]:
@@ -95,6 +90,7 @@ def check(result: dict[str, Any]) -> list[str]:
             failed.append(f"{name}: the loss did not fall below 60% of its first value")
         if wait is None or wait >= 0.01:
             failed.append(f"{name}: data wait is {'not recorded' if wait is None else f'{wait:.2%}'}, and not known to be under 1%")
+    failed += [f"{name}: was not trained" for name in MODELS if name not in result["training"]]
     failed += [f"{name}: reference and fused losses were not compared" for name in MODELS if name not in result["agreement"]]
     for name, pair in result["agreement"].items():
         worst = pair["largest_relative_difference"]
@@ -110,6 +106,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32, help="sequences of 2048 tokens a step, in micro-batches of 16")
     parser.add_argument("--share-state", action="store_true", help="let documents share state: what mamba_ssm's Mamba-1 kernels need")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -118,16 +115,18 @@ def main() -> None:
     else:
         if arguments.data is None:
             parser.error("--data DATASET is needed to run; --check reads the newest record")
-        with tempfile.TemporaryDirectory() as scratch:
-            payload = {
-                "isolate_documents": not arguments.share_state,
-                "training": loss_curves(arguments.data.resolve(), arguments.steps, Path(scratch), not arguments.share_state),
-                "agreement": agreement(arguments.data.resolve(), Path(scratch), not arguments.share_state),
-            }
-        import torch  # noqa: F401  (names the device)
+        import torch  # noqa: F401  (the record names the device that it sees)
 
-        path = record("gpu_training", payload, folder=arguments.output)
-        result = json.loads(path.read_text())
+        data, isolate = arguments.data.resolve(), not arguments.share_state
+        result = {"isolate_documents": isolate, "training": {}, "agreement": {}}
+        growing = Growing("gpu_training", arguments.output)
+        with tempfile.TemporaryDirectory() as scratch:
+            for name in MODELS:
+                result["agreement"][name] = agreement(name, data, Path(scratch), isolate)
+                growing.save(result)
+            for name in MODELS:
+                result["training"][name] = loss_curve(name, data, arguments.steps, arguments.batch, Path(scratch), isolate)
+                growing.save(result)
     failed = check(result)
     for line in failed:
         print(f"UNDER THE BAR {line}")

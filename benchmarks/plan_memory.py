@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import RESULTS, newest, record
+from record import RESULTS, Growing, newest
 
 TOLERANCE, LEAST_POINTS = 0.10, 8
 LENGTH = 2048
@@ -177,7 +177,7 @@ def planned(point: dict[str, Any]) -> Any:
     return memory.estimate(config, shape, memory.sharding("single", 1), point["micro_batch"], point["length"], options=options)
 
 
-def measure_all(names: list[str], seconds: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def measure_all(names: list[str], seconds: float, save: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     """Every model without and with checkpointing, and one block of each; ``save`` is called after each.
 
     A point that runs out of memory is tried with half the micro-batch, once; after ``seconds`` no further one is begun.
@@ -262,17 +262,7 @@ def main() -> None:
 
         if not torch.cuda.is_available():
             parser.error("this machine has no GPU; --check reads the newest record")
-        path: list[Path] = []
-
-        def save(found: dict[str, Any]) -> None:
-            """Replaces the record of the point before: a run that is cut off leaves what it measured."""
-            new = record("plan_memory", found, folder=arguments.output)
-            for old in path:
-                if old != new:
-                    old.unlink()
-            path[:] = [new]
-
-        found = measure_all(arguments.models.split(","), arguments.seconds, save)
+        found = measure_all(arguments.models.split(","), arguments.seconds, Growing("plan_memory", arguments.output).save)
     failed = check(found)
     for line in failed:
         print(f"OUTSIDE THE BAR {line}")

@@ -68,6 +68,22 @@ def record(name: str, payload: dict[str, Any], device: str | None = None, folder
     return path
 
 
+class Growing:
+    """A record written anew after every part of a run, so that one which is cut off leaves what it measured."""
+
+    def __init__(self, name: str, folder: Path = RESULTS) -> None:
+        self.name, self.folder = name, folder
+        self.path: Path | None = None
+
+    def save(self, payload: dict[str, Any]) -> Path:
+        """Replaces what was saved before."""
+        new = record(self.name, payload, folder=self.folder)
+        if self.path is not None and self.path != new:
+            self.path.unlink()
+        self.path = new
+        return new
+
+
 def newest(name: str, device_contains: str = "", folder: Path = RESULTS) -> dict[str, Any]:
     """The newest record of that name (whose device contains the given text); raises FileNotFoundError with the name if there is none."""
     records = [json.loads(p.read_text()) for p in folder.glob(f"{name}-*.json")]

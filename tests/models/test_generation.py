@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from data_tools.errors import UserError
+from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.generation import Sampling, filtered, generate, load_model, pick
+from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.models.pretrained import export_pretrained
 
@@ -134,3 +136,44 @@ def test_wrong_sampling_settings(settings, words):
 def test_wrong_prompts(prompts, words, small_config, randomized):
     with pytest.raises(UserError, match=words):
         generate(randomized(small_config("mamba1")), prompts, 5)
+
+
+def memorized(config, rows):
+    """A model trained on the GPU until it knows the rows by heart, so that no two tokens are nearly as likely."""
+    torch.manual_seed(0)
+    model = LanguageModel(config)
+    initialize(model, 0)
+    model.cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(400):
+        logits = model(rows[:, :-1])[..., : config.vocab_size]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.02:
+            return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    raise AssertionError(f"the loss is still {float(loss):.3f}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_64_greedy_tokens_on_the_gpu_equal_those_of_the_cpu_transformers_and_mamba_ssm(mixer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = pytest.importorskip("mamba_ssm.models.mixer_seq_simple")
+    config = ModelConfig(mixer=mixer, vocab_size=512, d_model=256, n_layer=4)
+    rows = torch.randint(512, (8, 80), generator=torch.Generator().manual_seed(1)).cuda()
+    weights = memorized(config, rows)
+    prompts = rows[:, :16].tolist()
+    expected = generate(load_model(config, weights), prompts, 64)
+    assert expected == rows[:, 16:].tolist(), "what was learnt comes out"
+    assert generate(load_model(config, weights, "cuda"), prompts, 64, device="cuda") == expected
+
+    export_pretrained(weights, config, None, tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).cuda()
+    found = model.generate(rows[:, :16], max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert found[:, 16:].tolist() == expected
+
+    export_pretrained(weights, config, None, tmp_path / "ssm", format="mamba_ssm")
+    model = theirs.MambaLMHeadModel.from_pretrained(str(tmp_path / "ssm"), device="cuda", dtype=torch.float32)
+    assert model.generate(rows[:, :16], max_length=80, top_k=1)[:, 16:].tolist() == expected

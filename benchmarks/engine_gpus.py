@@ -81,10 +81,9 @@ def run_job(job: dict[str, Any], topology: Any) -> dict[str, Any]:
     engine.isolate_documents = False  # a sequence is one document here, so that every kernel can serve
     torch.cuda.reset_peak_memory_stats()
     losses, marks = [], []
-    for step in range(job["steps"]):
-        found = train_step(
-            engine, batches(step, topology.rank, topology.world_size, job["rows"], config.vocab_size), min(1e-3, 1e-4 * (step + 1)), 1.0
-        )
+    data = [batches(step, topology.rank, topology.world_size, job["rows"], config.vocab_size) for step in range(job["steps"])]
+    for step, batch in enumerate(data):
+        found = train_step(engine, batch, min(1e-3, 1e-4 * (step + 1)), 1.0)
         losses.append(float(found.loss))
         marks.append(time.perf_counter())
     seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][len(marks) // 4 :]
@@ -115,12 +114,18 @@ def worker(folder: Path) -> None:
     ranks.shutdown()
 
 
-def launch(gpus: int, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs jobs on a number of GPUs. Raises RuntimeError with the output of rank 0 if they do not finish."""
+def launch(gpus: int, jobs: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
+    """Runs jobs on a number of GPUs, ending them after ``seconds``; the results of those that finished. Prints rank 0's output if not all did."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        codes = [process.wait() for process in start_processes(gpus, [str(Path(__file__).resolve()), "--worker", name], folder)]
+        until = time.monotonic() + seconds
+        processes = start_processes(gpus, [str(Path(__file__).resolve()), "--worker", name], folder)
+        while any(process.poll() is None for process in processes) and time.monotonic() < until:
+            time.sleep(0.5)
+        for process in processes:
+            process.kill()
+        codes = [process.wait() for process in processes]
         results = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else []
         output = (folder / "rank-0.log").read_text()
         if any(codes) and len(results) < len(jobs):
@@ -166,9 +171,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for e in arguments.engines
     ]
     large = {"model": "mamba1-1.4b", "steps": 16, "rows": arguments.large_rows}
-    many = launch(gpus, [*jobs, *([{**large, "engine": "fsdp2", "gpus": gpus}] if arguments.scaling else [])])
+    many = launch(gpus, [*([{**large, "engine": "fsdp2", "gpus": gpus}] if arguments.scaling else []), *jobs], arguments.seconds)
     # One process's fsdp2 has nothing to shard: the plain engine, the strictest base there is.
-    one = launch(1, [{**large, "engine": "single", "gpus": 1}]) if arguments.scaling else []
+    one = launch(1, [{**large, "engine": "single", "gpus": 1}], arguments.seconds) if arguments.scaling else []
     runs, scaling = [run for run in many if run["steps"] == arguments.steps], [run for run in many + one if run["model"] == large["model"]]
     share = scaling[0]["tokens_per_second_per_gpu"] / scaling[1]["tokens_per_second_per_gpu"] if len(scaling) == 2 else None
     return {"gpus": gpus, "runs": runs, "scaling": scaling, "band": band(runs), "weak_scaling": share}
@@ -183,6 +188,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=8, help="sequences of 2048 tokens per GPU and step, 370m")
     parser.add_argument("--large-rows", type=int, default=4, help="the same for 1.4b")
+    parser.add_argument(
+        "--seconds", type=float, default=900.0, help="end each number of GPUs' jobs after so many; what is done is recorded"
+    )
     parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp2", "zero2", "zero3"])
     parser.add_argument("--models", nargs="+", default=["mamba1-370m", "mamba2-370m"], choices=sorted(MODELS))
     parser.add_argument(

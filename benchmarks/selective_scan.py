@@ -218,10 +218,13 @@ def tune() -> None:
     """Times the passes for block shapes beside those of the table."""
     from mamba_pretrain.ops import cuda_scan_kernels as kernels
 
-    def shapes(resident: int, lane_channels: int, sizes: tuple[int, ...]) -> list[kernels.Tuning]:
-        return [kernels.Tuning(lane_channels, resident, (w,), polynomial_every=p) for w in sizes for p in (0, 16)]
+    def shapes(resident: int, lane_channels: int, sizes: tuple[int, ...], polynomials: tuple[int, ...]) -> list[kernels.Tuning]:
+        return [kernels.Tuning(lane_channels, resident, (w,), polynomial_every=p) for w in sizes for p in polynomials]
 
-    tried = {"scan_forward": shapes(16, 2, (4, 8, 12, 16)), "scan_backward": shapes(8, 4, (2, 4, 8)) + shapes(12, 2, (4, 6, 12))}
+    tried = {
+        "scan_forward": shapes(16, 2, (2, 4, 8), (0, 8, 4)),
+        "scan_backward": shapes(8, 4, (4, 8), (0, 16)) + shapes(12, 2, (4, 12), (0,)),
+    }
     table = dict(kernels.HOPPER)
     for size in SHAPES:
         inputs, dy = make(*size)

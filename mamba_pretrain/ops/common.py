@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mamba_pretrain.ops.registry import Request
 
@@ -25,8 +26,22 @@ def document_starts(seq_idx: Tensor | None) -> Tensor | None:
 
 def document_numbers(seq_idx: Tensor | None) -> Tensor | None:
     """(b, l) int32: 0, 1, 2, ... along each row, so that equal numbers mean the same document and 0 the one an initial state belongs to."""
+    if seq_idx is None or torch.compiler.is_compiling():
+        return _count_documents(seq_idx)
+    # Every layer asks for those of the same batch: five kernel launches each time, where a small model waits for launches.
+    found = _last_numbers.get(seq_idx)
+    if found is None or found[0] != seq_idx._version:
+        _last_numbers.clear()
+        found = _last_numbers[seq_idx] = (seq_idx._version, _count_documents(seq_idx))
+    return found[1]
+
+
+def _count_documents(seq_idx: Tensor | None) -> Tensor | None:
     starts = document_starts(seq_idx)
     return None if starts is None else starts.cumsum(1, dtype=torch.int32)
+
+
+_last_numbers = WeakTensorKeyDictionary()
 
 
 def triton_unsupported(request: Request) -> str | None:

@@ -4,14 +4,15 @@
     python benchmarks/train_step.py --check      # reads the newest record and checks the ratios against the bars
 
 Each implementation starts from the same weights (ours, translated), reads the same tokens and updates with fused AdamW under bf16
-autocast with fp32 parameters and clipping. Reported: tokens/s (median of the timed steps), model FLOPs and 6N utilisation, peak memory,
-and the losses of the first steps, so that nobody wins by computing something else.
+autocast with fp32 parameters, clipping and a linear warm-up. Reported: tokens/s (median of the timed steps), model FLOPs and 6N utilisation,
+peak memory, and the losses of the first steps, so that nobody wins by computing something else.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -58,6 +59,11 @@ class Setting:
     batch: int
     length: int
     lr: float = 3e-4
+    warmup: int = 100
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step (from 0): without warm-up training is unstable, and rounding alone drives losses apart."""
+        return self.lr * min(1.0, (step + 1) / self.warmup)
 
     def tokens(self, steps: int) -> Iterator[torch.Tensor]:
         """(batch, length + 1) tokens per step from a Zipf-like distribution with repetition, so that the loss falls."""
@@ -90,9 +96,11 @@ def ours(setting: Setting) -> Step:
     seq_idx = torch.zeros(shape, dtype=torch.int32)
     positions = torch.arange(setting.length).expand(shape).contiguous()
 
+    steps = itertools.count()
+
     def step(tokens: torch.Tensor) -> torch.Tensor:
         batch = Batch(tokens[:, :-1], tokens[:, 1:], seq_idx, positions, tokens[:, 1:].numel(), torch.arange(setting.batch))
-        return train_step(engine, [batch], setting.lr, 1.0).loss
+        return train_step(engine, [batch], setting.rate(next(steps)), 1.0).loss
 
     step.choices = registry.choices  # type: ignore[attr-defined]
     return step
@@ -108,13 +116,14 @@ def initial_weights(setting: Setting) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def plain_step(model: torch.nn.Module, logits: Callable[[torch.Tensor], torch.Tensor], lr: float) -> Step:
+def plain_step(model: torch.nn.Module, logits: Callable[[torch.Tensor], torch.Tensor], setting: Setting) -> Step:
     """The usual loop: autocast, cross entropy on fp32 logits, clipping, fused AdamW with decay on matrices as its authors do it."""
     skip = [p for n, p in model.named_parameters() if p.dim() < 2 or n.endswith(("A_log", "D", "dt_bias", "conv1d.weight"))]
     chosen = {id(p) for p in skip}
     decayed = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": skip, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=setting.lr, betas=(0.9, 0.95), fused=True)
+    steps = itertools.count()
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):
@@ -122,6 +131,9 @@ def plain_step(model: torch.nn.Module, logits: Callable[[torch.Tensor], torch.Te
         loss = torch.nn.functional.cross_entropy(out.float().flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = setting.rate(next(steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
@@ -141,7 +153,7 @@ def mamba_ssm(setting: Setting) -> Step:
     model = MambaLMHeadModel(theirs, device="cuda")
     weights = translate_out(initial_weights(setting), format.table_for(setting.config))
     model.load_state_dict(weights | {"lm_head.weight": weights["backbone.embedding.weight"]})
-    return plain_step(model, lambda tokens: model(tokens).logits[..., : setting.config.vocab_size], setting.lr)
+    return plain_step(model, lambda tokens: model(tokens).logits[..., : setting.config.vocab_size], setting)
 
 
 def transformers(setting: Setting) -> Step:
@@ -161,7 +173,7 @@ def transformers(setting: Setting) -> Step:
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise RuntimeError(f"weights do not fit: {missing} {unexpected}")
-    return plain_step(model, lambda tokens: model(tokens, use_cache=False).logits, setting.lr)
+    return plain_step(model, lambda tokens: model(tokens, use_cache=False).logits, setting)
 
 
 IMPLEMENTATIONS = {"ours": ours, "mamba_ssm": mamba_ssm, "transformers": transformers}

@@ -39,7 +39,7 @@ class Tuning:
 
 # Measured on an H100 (docs/kernels.md) with 16-bit activations. Elsewhere PORTABLE is used: blocks that fit in 99 KiB of shared memory.
 HOPPER = {
-    "scan_forward": (Tuning(2, 16, (4,)),),
+    "scan_forward": (Tuning(2, 16, (4,), polynomial_every=8),),
     "scan_carry": (Tuning(2, 16, (4,)),),
     "scan_backward": (Tuning(4, 8, (4, 8)), Tuning(2, 12, (12, 4), cost=1.15)),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from mamba_pretrain.ops.causal_conv1d import final_inputs, inputs_before
 from mamba_pretrain.ops.common import document_numbers
 from mamba_pretrain.ops.registry import Request
 from mamba_pretrain.ops.rms_norm import output_dtype
+
+# Triton times dozens of variants of the Mamba-2 kernels at every start (40 to 90 s measured on an H100) and may choose others the next time:
+# with this it keeps its choices on disk. It reads the variable when their packages are imported.
+os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MAX_OFFSET = 2**31

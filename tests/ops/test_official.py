@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -98,6 +101,15 @@ def test_norms_are_bounded(installed):
     assert "64 KB" in official.rms_norm_unsupported(Request({"x": fake(2, 8, 40_000)}))
     assert official.gated_rms_norm_unsupported(Request({"x": fake(2, 8, 40_000), "group_size": 1000})) is None
     assert "x spans" in official.rms_norm_unsupported(Request({"x": fake(2**20, 2048)}))
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0")])
+def test_tuned_choices_are_kept_unless_the_user_objects(before, after):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_CACHE_AUTOTUNING"} | (
+        {} if before is None else {"TRITON_CACHE_AUTOTUNING": before}
+    )
+    code = "import os, mamba_pretrain.ops.official; print(os.environ['TRITON_CACHE_AUTOTUNING'])"
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.strip() == after
 
 
 def test_a_package_that_is_not_there_is_named():

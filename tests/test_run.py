@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 
@@ -55,6 +56,12 @@ def test_a_failure_waits_for_the_save_under_way(config, failing):
     with pytest.raises(RuntimeError, match="a made-up failure"):
         run.run_training(config)
     assert (config.run_dir / "checkpoints" / "step-00000002" / "manifest.json").is_file()
+
+
+def test_a_failure_leaves_the_process_as_it_was(config, failing):
+    with pytest.raises(RuntimeError, match="a made-up failure"):
+        run.run_training(config)
+    assert gc.isenabled(), "the loop collects garbage at steps of its own"
 
 
 def test_a_failure_does_not_wait_for_a_save_that_cannot_end(config, failing, monkeypatch, capsys):

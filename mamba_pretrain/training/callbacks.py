@@ -34,6 +34,9 @@ class Callback:
     def on_stop(self, run: Run, reason: str) -> None:
         """After the last step."""
 
+    def on_exit(self, run: Run) -> None:
+        """However training ended, by a failure too, so other ranks may be gone: for what must be put back in this process."""
+
 
 class ReadMetrics(Callback):
     """Turns step records into train rows, one step late: the host queues a step while the device still computes the one before."""
@@ -239,6 +242,6 @@ class CollectGarbage(Callback):
             gc.collect(1)
         self._first = False
 
-    def on_stop(self, run: Run, reason: str) -> None:
-        """Leaves collection as it was found."""
+    def on_exit(self, run: Run) -> None:
+        """Turns automatic collection on again."""
         gc.enable()

@@ -70,6 +70,13 @@ class StepRecord:
 
 def train_loop(run: Run) -> str:
     """Trains until ``run.total_steps`` or until a callback sets ``run.stop_reason``; returns the reason."""
+    try:
+        return _train(run)
+    finally:
+        run.tell("on_exit")
+
+
+def _train(run: Run) -> str:
     run.tell("on_start")
     while run.state.step < run.total_steps and run.stop_reason is None:
         step = run.state.step

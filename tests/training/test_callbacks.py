@@ -30,5 +30,5 @@ def test_garbage_is_collected_behind_the_first_step_and_then_when_due():
             alive.append(left() is not None)
         assert alive == [False, True, False, True]
     finally:
-        callback.on_stop(run, "finished")  # type: ignore[arg-type]
+        callback.on_exit(run)  # type: ignore[arg-type]
     assert gc.isenabled()

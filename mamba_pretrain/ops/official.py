@@ -20,7 +20,7 @@ from mamba_pretrain.ops.common import document_numbers
 from mamba_pretrain.ops.registry import Request
 from mamba_pretrain.ops.rms_norm import output_dtype
 
-# Triton times dozens of variants of the Mamba-2 kernels at every start (40 to 90 s measured on an H100) and may choose others the next time:
+# Triton times dozens of variants of the Mamba-2 kernels at every start (40 and 48 s measured on an H100) and may choose others the next time:
 # with this it keeps its choices on disk. It reads the variable when their packages are imported.
 os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 

@@ -26,7 +26,7 @@ def document_starts(seq_idx: Tensor | None) -> Tensor | None:
 
 def document_numbers(seq_idx: Tensor | None) -> Tensor | None:
     """(b, l) int32: 0, 1, 2, ... along each row, so that equal numbers mean the same document and 0 the one an initial state belongs to."""
-    if seq_idx is None or torch.compiler.is_compiling():
+    if seq_idx is None or torch.compiler.is_compiling() or seq_idx.is_inference():  # which have no version to go by
         return _count_documents(seq_idx)
     # Every layer asks for those of the same batch: five kernel launches each time, where a small model waits for launches.
     found = _last_numbers.get(seq_idx)

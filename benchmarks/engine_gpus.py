@@ -121,7 +121,11 @@ def launch(gpus: int, jobs: list[dict[str, Any]], seconds: float) -> list[dict[s
         (folder / "jobs.json").write_text(json.dumps(jobs))
         until = time.monotonic() + seconds
         processes = start_processes(gpus, [str(Path(__file__).resolve()), "--worker", name], folder)
-        while any(process.poll() is None for process in processes) and time.monotonic() < until:
+        while (
+            time.monotonic() < until
+            and any(process.poll() is None for process in processes)
+            and not any(process.poll() for process in processes)
+        ):
             time.sleep(0.5)
         for process in processes:
             process.kill()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -27,10 +26,10 @@ REPOSITORY = Path(__file__).parents[1]
 MODELS = {"mamba1-130m": "configs/mamba1/130m.yaml", "mamba2-130m": "configs/mamba2/130m.yaml"}
 
 
-def train(name: str, run_dir: Path, overrides: list[str], gpu: int = 0) -> list[dict[str, Any]]:
+def train(name: str, run_dir: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """Runs ``mamba-pretrain train`` on one GPU and returns the rows of its metrics."""
     command = [sys.executable, "-m", "mamba_pretrain", "train", str(REPOSITORY / MODELS[name]), f"run_dir={run_dir}", *overrides]
-    subprocess.run(command, check=True, cwd=REPOSITORY, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)})
+    subprocess.run(command, check=True, cwd=REPOSITORY)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -60,7 +59,7 @@ def loss_curve(name: str, data: Path, steps: int, batch: int, scratch: Path, iso
     }
 
 
-def agreement(name: str, data: Path, scratch: Path, isolate: bool, gpu: int, pool: ThreadPoolExecutor) -> dict[str, Any]:
+def agreement(name: str, data: Path, scratch: Path, isolate: bool, pool: ThreadPoolExecutor) -> dict[str, Any]:
     """20 steps with the reference implementations against 20 with what the resolver picks; bf16, same seed, same data.
 
     Within the warm-up, as the first 20 steps of a real run are: at the full rate from the second step on, training is not stable, and what
@@ -75,7 +74,7 @@ def agreement(name: str, data: Path, scratch: Path, isolate: bool, gpu: int, poo
         "optim.schedule.warmup_steps=20",
     ]
     runs = {
-        kind: pool.submit(train, name, scratch / f"{name}-{kind}", shared + extra, gpu)
+        kind: pool.submit(train, name, scratch / f"{name}-{kind}", shared + extra)
         for kind, extra in {"fused": [], "reference": ["ops.require=reference"]}.items()
     }
     curves = {kind: [row["loss"] for row in run.result() if row["kind"] == "train"] for kind, run in runs.items()}
@@ -122,20 +121,18 @@ def main() -> None:
     else:
         if arguments.data is None:
             parser.error("--data DATASET is needed to run; --check reads the newest record")
-        import torch
+        import torch  # noqa: F401  (the record names the device that it sees)
 
         data, isolate = arguments.data.resolve(), not arguments.share_state
         result = {"isolate_documents": isolate, "training": {}, "agreement": {}}
         if arguments.complete:
             result |= {part: newest("gpu_training")[part] for part in ("training", "agreement")}
         growing = Growing("gpu_training", arguments.output)
-        gpus = torch.cuda.device_count()
-        place = {name: i % gpus for i, name in enumerate(MODELS)}
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             with ThreadPoolExecutor(max_workers=3 * len(MODELS)) as pool:  # nothing of this is timed: all at once
                 missing = [name for name in MODELS if name not in result["agreement"]]
-                found = {name: pool.submit(agreement, name, data, folder, isolate, place[name], pool) for name in missing}
+                found = {name: pool.submit(agreement, name, data, folder, isolate, pool) for name in missing}
                 result["agreement"] |= {name: pair.result() for name, pair in found.items()}
             growing.save(result)
             for name in [name for name in MODELS if name not in result["training"]]:

@@ -184,7 +184,7 @@ def watch_dtypes(model: LanguageModel, delicate: set[str]) -> dict[str, set[str]
         if own:
             module.register_forward_pre_hook(watch(own))
         if name.endswith("in_proj"):
-            module.register_forward_hook(lambda module, inputs, output: seen["projected"].add(str(output.dtype)))
+            module.register_forward_hook(lambda module, inputs, output: seen["projected"].update(str(part.dtype) for part in output))
     return seen
 
 

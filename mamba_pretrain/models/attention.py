@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, State
-from mamba_pretrain.models.modules import Policies, projection_policy
+from mamba_pretrain.models.modules import Policies, Projection, SplitProjection, projection_policy
 from mamba_pretrain.ops.flops import attention_flops, linear_flops
 
 
@@ -22,13 +22,13 @@ class Attention(Mixer):
         super().__init__()
         self.config = config
         self.n_head, self.n_kv_head, self.headdim = config.n_head, config.n_kv_head, config.attention_headdim
-        self.qkv_proj = nn.Linear(config.d_model, (self.n_head + 2 * self.n_kv_head) * self.headdim, bias=config.use_bias)
-        self.out_proj = nn.Linear(self.n_head * self.headdim, config.d_model, bias=config.use_bias)
+        widths = [heads * self.headdim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        self.qkv_proj = SplitProjection(config.d_model, widths, bias=config.use_bias)
+        self.out_proj = Projection(self.n_head * self.headdim, config.d_model, bias=config.use_bias)
 
     def forward(self, x: Tensor, boundaries: Boundaries | None = None, state: State | None = None) -> Tensor:
         """See ``Mixer.forward``."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.headdim)).transpose(1, 2)  # (b, heads, l, headdim)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        q, k, v = (t.unflatten(-1, (-1, self.headdim)).transpose(1, 2) for t in self.qkv_proj(x))  # (b, heads, l, headdim)
         positions = self._positions(x, boundaries, state)
         q, k = (rotate(t, positions, self.config.rotated_channels, self.config.rope_theta) for t in (q, k))
         if state is not None:

@@ -13,7 +13,7 @@ from mamba_pretrain.models import distributions
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, ParameterPolicy, State
-from mamba_pretrain.models.modules import CausalConv1d, Policies, prefixed, projection_policy
+from mamba_pretrain.models.modules import CausalConv1d, Policies, Projection, SideProjection, SplitProjection, prefixed, projection_policy
 from mamba_pretrain.models.step import selective_step
 from mamba_pretrain.ops import flops
 from mamba_pretrain.ops.selective_scan import selective_scan
@@ -29,21 +29,22 @@ class Mamba1(Mixer):
         super().__init__()
         self.config = config
         d_inner, rank = config.d_inner, config.resolved_dt_rank
-        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=config.use_bias)
+        self.in_proj = SplitProjection(config.d_model, (d_inner, d_inner), bias=config.use_bias)
         self.conv1d = CausalConv1d(d_inner, config.d_conv, config.use_conv_bias)
-        self.x_proj = nn.Linear(d_inner, rank + 2 * config.d_state, bias=False)
-        self.dt_proj = nn.Linear(rank, d_inner, bias=False)
+        self.x_proj = SideProjection(d_inner, rank + 2 * config.d_state, bias=False)
+        self.dt_proj = Projection(rank, d_inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(d_inner))
         self.A_log = nn.Parameter(torch.empty(d_inner, config.d_state))
         self.D = nn.Parameter(torch.empty(d_inner))
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=config.use_bias)
+        self.out_proj = Projection(d_inner, config.d_model, bias=config.use_bias)
 
     def forward(self, x: Tensor, boundaries: Boundaries | None = None, state: State | None = None) -> Tensor:
         """See ``Mixer.forward``."""
         seq_idx = None if boundaries is None else boundaries.seq_idx
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, z = self.in_proj(x)
         u = self.conv1d(u, seq_idx, state)
-        dt, B, C = self.x_proj(u).split([self.config.resolved_dt_rank, self.config.d_state, self.config.d_state], dim=-1)
+        u, projected = self.x_proj(u)
+        dt, B, C = projected.split([self.config.resolved_dt_rank, self.config.d_state, self.config.d_state], dim=-1)
         if self.config.bcdt_rms:
             dt, B, C = (self._normalise(t) for t in (dt, B, C))
         return self.out_proj(self._scan(u, self.dt_proj(dt), B, C, z, seq_idx, state))

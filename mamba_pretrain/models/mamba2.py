@@ -12,7 +12,7 @@ from mamba_pretrain.models import distributions
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, ParameterPolicy, State
-from mamba_pretrain.models.modules import CausalConv1d, GatedRMSNorm, Policies, prefixed, projection_policy
+from mamba_pretrain.models.modules import CausalConv1d, GatedRMSNorm, Policies, Projection, SplitProjection, prefixed, projection_policy
 from mamba_pretrain.models.step import ssd_step
 from mamba_pretrain.ops import flops
 from mamba_pretrain.ops.ssd_scan import ssd_scan
@@ -26,18 +26,18 @@ class Mamba2(Mixer):
         self.config = config
         d_inner, heads = config.d_inner, config.n_ssm_head
         self.conv_dim = d_inner + 2 * config.ngroups * config.d_state
-        self.in_proj = nn.Linear(config.d_model, d_inner + self.conv_dim + heads, bias=config.use_bias)
+        self.in_proj = SplitProjection(config.d_model, (d_inner, self.conv_dim, heads), bias=config.use_bias)
         self.conv1d = CausalConv1d(self.conv_dim, config.d_conv, config.use_conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.norm = GatedRMSNorm(d_inner, config.layer_norm_epsilon, d_inner // config.ngroups)
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=config.use_bias)
+        self.out_proj = Projection(d_inner, config.d_model, bias=config.use_bias)
 
     def forward(self, x: Tensor, boundaries: Boundaries | None = None, state: State | None = None) -> Tensor:
         """See ``Mixer.forward``."""
         c, seq_idx = self.config, None if boundaries is None else boundaries.seq_idx
-        z, xBC, dt = self.in_proj(x).split([c.d_inner, self.conv_dim, c.n_ssm_head], dim=-1)
+        z, xBC, dt = self.in_proj(x)
         xBC = self.conv1d(xBC, seq_idx, state)
         u, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], dim=-1)
         heads = u.unflatten(-1, (c.n_ssm_head, c.headdim))

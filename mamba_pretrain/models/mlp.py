@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mamba_pretrain.models.config import ModelConfig
-from mamba_pretrain.models.modules import Policies, projection_policy
+from mamba_pretrain.models.modules import Policies, Projection, SplitProjection, projection_policy
 from mamba_pretrain.ops.flops import linear_flops
 
 
@@ -18,12 +18,12 @@ class GatedMLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.gate_up_proj = nn.Linear(config.d_model, 2 * config.d_intermediate, bias=False)
-        self.down_proj = nn.Linear(config.d_intermediate, config.d_model, bias=False)
+        self.gate_up_proj = SplitProjection(config.d_model, (config.d_intermediate,) * 2, bias=False)
+        self.down_proj = Projection(config.d_intermediate, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, d_model) to the same shape."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(x)
         return self.down_proj(F.silu(gate) * up)
 
     def parameter_policy(self) -> Policies:

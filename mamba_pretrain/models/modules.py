@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -13,9 +14,42 @@ from mamba_pretrain.models.mixer import ParameterPolicy, State
 from mamba_pretrain.models.step import conv_step
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d
 from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
+from mamba_pretrain.ops.projection import project, project_beside, project_parts
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
 
 Policies = dict[str, ParameterPolicy]
+
+
+class Projection(nn.Linear):
+    """A linear layer whose backward pass makes no extra pass over memory; see ``ops/projection.py``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (b, l, in) to (b, l, out)."""
+        return project(x, self.weight, self.bias)
+
+
+class SplitProjection(nn.Linear):
+    """A projection whose output is used in parts of the given widths."""
+
+    def __init__(self, in_features: int, widths: Sequence[int], bias: bool) -> None:
+        super().__init__(in_features, sum(widths), bias=bias)
+        self.widths = tuple(widths)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """``x`` (b, l, in) to parts (b, l, width)."""
+        return project_parts(x, self.weight, self.bias, self.widths)
+
+
+class SideProjection(nn.Linear):
+    """A projection of something that one other operation uses as well, and whose gradient that operation makes anew."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """``x`` (b, l, in) to x for the other operation, and the projection (b, l, out)."""
+        return project_beside(x, self.weight, self.bias)
+
+
+# Every class of projections: engines that treat their weights by class go by it.
+PROJECTIONS: tuple[type[nn.Linear], ...] = (Projection, SplitProjection, SideProjection)
 
 
 class RMSNorm(nn.Module):

@@ -72,14 +72,14 @@ class LayerStatistics:
     def _observe(self, index: int, mixer: nn.Module) -> None:
         mixer.register_forward_hook(self._hook(lambda module, output: self._outputs(index, module, output)))
         if isinstance(mixer, Mamba1):
-            mixer.x_proj.register_forward_hook(self._hook(lambda module, output: self._mamba1_inputs(index, mixer, output)))
+            mixer.x_proj.register_forward_hook(self._hook(lambda module, output: self._mamba1_inputs(index, mixer, output[1])))
             mixer.dt_proj.register_forward_hook(self._hook(lambda module, output: self._step_size(index, mixer, output)))
         elif isinstance(mixer, Mamba2):
-            mixer.in_proj.register_forward_hook(self._hook(lambda module, output: self._step_size(index, mixer, output)))
+            mixer.in_proj.register_forward_hook(self._hook(lambda module, output: self._step_size(index, mixer, output[-1])))
             mixer.conv1d.register_forward_hook(self._hook(lambda module, output: self._mamba2_inputs(index, mixer, output)))
 
-    def _hook(self, observe: Callable[[nn.Module, Tensor], None]) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _hook(self, observe: Callable[[nn.Module, Any], None]) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             # Validation runs without gradients between two steps: not what is asked for.
             if self._active and torch.is_grad_enabled():
                 observe(module, output)

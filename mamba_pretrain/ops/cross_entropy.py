@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.common import triton_unsupported, without_autocast
+from mamba_pretrain.ops.matmul import add_matmul
 
 # Elements of a chunk's logits. On a CPU a cache-sized chunk is fastest; a GPU wants few large matmuls (about 8 bytes an element at the peak).
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -125,16 +126,6 @@ def loss_and_gradients(
             dhidden[rows] = dlogits @ cast
             add_matmul(dweight, dlogits.t(), h)
     return total, dhidden, dweight
-
-
-def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in place with an fp32 ``total``, whatever the dtype of ``a`` and ``b``."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += a @ b
 
 
 @loss_only.register_fake

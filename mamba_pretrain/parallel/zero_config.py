@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data_tools.errors import UserError
+from mamba_pretrain.models.modules import PROJECTIONS
 from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
 
 FIRST_MAX_NORM = 1.0  # the real one arrives with every step; DeepSpeed only wants to know at the start that there is one
@@ -35,7 +36,7 @@ def zero_config(stage: int, parallel: ParallelConfig, precision: PrecisionConfig
     if parallel.cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     # DeepSpeed communicates the gradients (stage 3: the weights too) of the classes named here in bf16.
-    low = ["torch.nn.Linear"] if parallel.reduce_dtype == "bf16" else []
+    low = [f"{c.__module__}.{c.__qualname__}" for c in PROJECTIONS] if parallel.reduce_dtype == "bf16" else []
     autocast = {"enabled": precision.compute == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": low}
     config = {
         "train_micro_batch_size_per_gpu": 1,  # batches are ours; DeepSpeed only divides by these

@@ -47,12 +47,12 @@ def test_values_are_those_computed_by_hand(mixer: str) -> None:
         x, _ = block.norm(model.embedding(tokens), None)
         m = block.mixer
         if mixer == "mamba1":
-            u = m.conv1d(m.in_proj(x).chunk(2, -1)[0])
-            raw, B, _ = m.x_proj(u).split([m.config.resolved_dt_rank, 8, 8], -1)
+            u = m.conv1d(m.in_proj(x)[0])
+            raw, B, _ = m.x_proj(u)[1].split([m.config.resolved_dt_rank, 8, 8], -1)
             dt = m.dt_proj(raw)
         else:
-            dt = m.in_proj(x)[..., -m.config.n_ssm_head :]
-            B = m.conv1d(m.in_proj(x)[..., 64 : 64 + m.conv_dim])[..., 64:72]
+            _, xBC, dt = m.in_proj(x)
+            B = m.conv1d(xBC)[..., 64:72]
         assert stats["dt_mean"][0] == pytest.approx(float(F.softplus(dt + m.dt_bias).mean()), rel=1e-5)
         assert stats["B_norm"][0] == pytest.approx(float(B.norm(dim=-1).mean()), rel=1e-5)
         assert stats["A_mean"][0] == pytest.approx(float(m.A_log.exp().mean()), rel=1e-5)

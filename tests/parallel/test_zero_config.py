@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from data_tools.errors import UserError
+from mamba_pretrain.models.config import ModelConfig
+from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
 from mamba_pretrain.parallel.zero_config import ELSEWHERE, merged, zero_config
 
@@ -22,7 +25,19 @@ def test_bf16_is_torch_autocast_and_never_bf16_enabled():
 
 def test_gradients_are_summed_in_fp32_unless_asked_otherwise():
     assert config()["torch_autocast"]["lower_precision_safe_modules"] == []
-    assert "torch.nn.Linear" in config(reduce_dtype="bf16")["torch_autocast"]["lower_precision_safe_modules"]
+    low = config(reduce_dtype="bf16")["torch_autocast"]["lower_precision_safe_modules"]
+    assert "mamba_pretrain.models.modules.SplitProjection" in low
+
+
+def test_every_projection_of_a_model_is_of_a_class_that_is_named():
+    low = config(reduce_dtype="bf16")["torch_autocast"]["lower_precision_safe_modules"]
+    settings = ModelConfig(
+        vocab_size=50, d_model=16, pattern="mamba1, mamba2, attention", n_layer=3, n_head=2, headdim=8, d_state=4, d_intermediate=24
+    )
+    projections = [module for module in LanguageModel(settings).modules() if isinstance(module, nn.Linear)]
+    assert len(projections) == 4 + 2 + 2 + 3 * 2
+    # DeepSpeed compares classes themselves: a base class would not do.
+    assert {f"{type(p).__module__}.{type(p).__qualname__}" for p in projections} == set(low)
 
 
 def test_the_override_reaches_every_depth_and_leaves_the_rest():

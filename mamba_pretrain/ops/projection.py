@@ -1,0 +1,119 @@
+"""Linear maps whose backward pass makes no extra pass over memory.
+
+The forward pass is torch.nn.Linear's, autocast included. What autograd would add behind its matmuls is left out of the backward pass:
+
+- an output that is used in parts (Mamba-1's u and z) has its gradient in parts too. Autograd concatenates them first; here each part's matmuls
+  take it as it is, and the parts' shares of the input's gradient are summed by the matmuls themselves;
+- an input that is used beside the projection (Mamba-1's u, which the scan takes as well) gets two gradients. Autograd adds them afterwards;
+  here the matmul adds the second to the first, in place;
+- a weight's gradient is written in the weight's dtype at once, on CUDA; autograd writes it in autocast's and casts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from mamba_pretrain.ops.common import without_autocast
+from mamba_pretrain.ops.matmul import add_matmul, matmul
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` (..., out) of x (..., in), weight (out, in), bias (out,)."""
+    return _project(x, weight, bias, (weight.shape[0],), beside=False)[0]
+
+
+def project_parts(x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int]) -> tuple[Tensor, ...]:
+    """The same cut into parts (..., width), views of one result. Raises ValueError unless ``widths`` add up to the number of outputs."""
+    if sum(widths) != weight.shape[0]:
+        raise ValueError(f"parts of widths {tuple(widths)} do not add up to the {weight.shape[0]} outputs of the weight")
+    return _project(x, weight, bias, tuple(widths), beside=False)
+
+
+def project_beside(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``x`` itself for another use, and its projection (..., out).
+
+    The gradient that comes back for the returned x is overwritten with the sum. Its one user must therefore make that gradient anew, as every
+    implementation of an op here does; an addition does not: it hands the same tensor to both of its operands.
+    """
+    kept, projected = _project(x, weight, bias, (weight.shape[0],), beside=True)
+    return kept, projected
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, widths: tuple[int, ...], beside: bool) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return _Projection.apply(x, weight, bias, dtype, widths, beside)
+    # Without a backward pass autocast does the casts: it casts a weight once for all the tokens of a generated text.
+    y = F.linear(x, weight, bias)
+    parts = (y,) if len(widths) == 1 else y.split(widths, dim=-1)
+    return (x, *parts) if beside else parts
+
+
+class _Projection(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, widths: tuple[int, ...], beside: bool
+    ) -> tuple[Tensor, ...]:
+        # Without autocast nothing is cast, so that operands of different dtypes are the same error as in torch.nn.Linear.
+        rows, w, b = x.reshape(-1, x.shape[-1]), weight, bias
+        if dtype is not None:
+            rows, w, b = rows.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
+        with without_autocast(x):
+            y = torch.mm(rows, w.t()) if b is None else torch.addmm(b, rows, w.t())
+        # A weight that needs no cast is saved as the parameter it is: an engine that frees and gathers its storage finds it again.
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None)
+        ctx.set_materialize_grads(False)
+        ctx.widths, ctx.beside, ctx.device = widths, beside, x.device.type
+        ctx.shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        parts = y.view(*x.shape[:-1], y.shape[1]).split(widths, dim=-1)
+        return (x, *parts) if beside else parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_kept, of_parts = (gradients[0], gradients[1:]) if ctx.beside else (None, gradients)
+        parts = [None if g is None else g.reshape(-1, width) for g, width in zip(of_parts, ctx.widths, strict=True)]
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with torch.autocast(ctx.device, enabled=False):
+            dx = _input_gradient(ctx, parts, weight, of_kept) if needs_x else None
+            dweight = _weight_gradient(ctx, parts, x) if needs_weight else None
+            dbias = _bias_gradient(ctx, parts) if needs_bias else None
+        return dx, dweight, dbias, None, None, None
+
+
+def _input_gradient(ctx: Any, parts: list[Tensor | None], weight: Tensor, of_kept: Tensor | None) -> Tensor | None:
+    total = None if of_kept is None else of_kept.contiguous().view(-1, weight.shape[1])
+    shares = [(g, w) for g, w in zip(parts, weight.split(ctx.widths), strict=True) if g is not None]
+    # The widest part writes the result, the others add to it.
+    for g, w in sorted(shares, key=lambda share: -len(share[1])):
+        total = matmul(g, w, ctx.x_dtype) if total is None else add_matmul(total, g, w)
+    return None if total is None else total.view(ctx.shape)
+
+
+def _weight_gradient(ctx: Any, parts: list[Tensor | None], x: Tensor) -> Tensor | None:
+    if len(parts) == 1:
+        return None if parts[0] is None else matmul(parts[0].t(), x, ctx.weight_dtype)
+    total = x.new_empty(sum(ctx.widths), x.shape[1], dtype=ctx.weight_dtype)
+    for g, rows in zip(parts, total.split(ctx.widths), strict=True):
+        if g is None:
+            rows.zero_()
+        else:
+            matmul(g.t(), x, ctx.weight_dtype, out=rows)
+    return total
+
+
+def _bias_gradient(ctx: Any, parts: list[Tensor | None]) -> Tensor | None:
+    shares = [None if g is None else g.sum(0, dtype=ctx.bias_dtype) for g in parts]
+    present = next((share for share in shares if share is not None), None)
+    if present is None:
+        return None
+    return torch.cat([present.new_zeros(n) if share is None else share for share, n in zip(shares, ctx.widths, strict=True)])

@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mamba_pretrain.ops.common import without_autocast
 from mamba_pretrain.ops.matmul import add_matmul, matmul
 
 
@@ -46,74 +44,88 @@ def project_beside(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tup
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, widths: tuple[int, ...], beside: bool) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return _Projection.apply(x, weight, bias, dtype, widths, beside)
     # Without a backward pass autocast does the casts: it casts a weight once for all the tokens of a generated text.
     y = F.linear(x, weight, bias)
-    parts = (y,) if len(widths) == 1 else y.split(widths, dim=-1)
+    parts = (y,) if len(widths) == 1 else y.split_with_sizes(widths, dim=-1)
     return (x, *parts) if beside else parts
 
 
+# Every call counts here: a small model's kernels are shorter than what it takes to launch them.
 class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, widths: tuple[int, ...], beside: bool
     ) -> tuple[Tensor, ...]:
+        shape = x.shape
+        rows, w, b = x.view(-1, shape[-1]) if x.is_contiguous() else x.reshape(-1, shape[-1]), weight, bias
         # Without autocast nothing is cast, so that operands of different dtypes are the same error as in torch.nn.Linear.
-        rows, w, b = x.reshape(-1, x.shape[-1]), weight, bias
         if dtype is not None:
             rows, w, b = rows.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
-        with without_autocast(x):
-            y = torch.mm(rows, w.t()) if b is None else torch.addmm(b, rows, w.t())
+        y = torch.mm(rows, w.t()) if b is None else torch.addmm(b, rows, w.t())
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
         # A weight that needs no cast is saved as the parameter it is: an engine that frees and gathers its storage finds it again.
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, w if ctx.needs_input_grad[0] else None)
+        ctx.save_for_backward(rows if needs_weight else None, w if needs_x else None)
         ctx.set_materialize_grads(False)
-        ctx.widths, ctx.beside, ctx.device = widths, beside, x.device.type
-        ctx.shape, ctx.x_dtype, ctx.weight_dtype = x.shape, x.dtype, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        parts = y.view(*x.shape[:-1], y.shape[1]).split(widths, dim=-1)
+        ctx.widths, ctx.beside, ctx.shape, ctx.device = widths, beside, shape, x.device.type
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        y = y.view(*shape[:-1], y.shape[1])
+        parts = (y,) if len(widths) == 1 else y.split_with_sizes(widths, dim=-1)
         return (x, *parts) if beside else parts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_kept, of_parts = (gradients[0], gradients[1:]) if ctx.beside else (None, gradients)
-        parts = [None if g is None else g.reshape(-1, width) for g, width in zip(of_parts, ctx.widths, strict=True)]
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        with torch.autocast(ctx.device, enabled=False):
-            dx = _input_gradient(ctx, parts, weight, of_kept) if needs_x else None
-            dweight = _weight_gradient(ctx, parts, x) if needs_weight else None
-            dbias = _bias_gradient(ctx, parts) if needs_bias else None
-        return dx, dweight, dbias, None, None, None
+        if torch.is_autocast_enabled(ctx.device):
+            with torch.autocast(ctx.device, enabled=False):
+                return _gradients(ctx, gradients)
+        return _gradients(ctx, gradients)
 
 
-def _input_gradient(ctx: Any, parts: list[Tensor | None], weight: Tensor, of_kept: Tensor | None) -> Tensor | None:
+def _gradients(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    of_kept, of_parts = (gradients[0], gradients[1:]) if ctx.beside else (None, gradients)
+    parts = [None if g is None else g.reshape(-1, width) for g, width in zip(of_parts, ctx.widths, strict=True)]
+    x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dx = _input_gradient(parts, ctx.widths, weight, of_kept, x_dtype) if needs_x else None
+    dweight = _weight_gradient(parts, ctx.widths, x, weight_dtype) if needs_weight else None
+    dbias = _bias_gradient(parts, ctx.widths, bias_dtype) if needs_bias else None
+    return None if dx is None else dx.view(ctx.shape), dweight, dbias, None, None, None
+
+
+def _input_gradient(
+    parts: list[Tensor | None], widths: tuple[int, ...], weight: Tensor, of_kept: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """(rows, in) of ``parts`` (rows, width) and, where the input is used beside, that use's gradient (..., in), which is overwritten."""
     total = None if of_kept is None else of_kept.contiguous().view(-1, weight.shape[1])
-    shares = [(g, w) for g, w in zip(parts, weight.split(ctx.widths), strict=True) if g is not None]
+    weights = (weight,) if len(parts) == 1 else weight.split_with_sizes(widths)
+    shares = [(g, w) for g, w in zip(parts, weights, strict=True) if g is not None]
     # The widest part writes the result, the others add to it.
-    for g, w in sorted(shares, key=lambda share: -len(share[1])):
-        total = matmul(g, w, ctx.x_dtype) if total is None else add_matmul(total, g, w)
-    return None if total is None else total.view(ctx.shape)
-
-
-def _weight_gradient(ctx: Any, parts: list[Tensor | None], x: Tensor) -> Tensor | None:
-    if len(parts) == 1:
-        return None if parts[0] is None else matmul(parts[0].t(), x, ctx.weight_dtype)
-    total = x.new_empty(sum(ctx.widths), x.shape[1], dtype=ctx.weight_dtype)
-    for g, rows in zip(parts, total.split(ctx.widths), strict=True):
-        if g is None:
-            rows.zero_()
-        else:
-            matmul(g.t(), x, ctx.weight_dtype, out=rows)
+    for g, w in sorted(shares, key=lambda share: -share[1].shape[0]):
+        total = matmul(g, w, dtype) if total is None else add_matmul(total, g, w)
     return total
 
 
-def _bias_gradient(ctx: Any, parts: list[Tensor | None]) -> Tensor | None:
-    shares = [None if g is None else g.sum(0, dtype=ctx.bias_dtype) for g in parts]
+def _weight_gradient(parts: list[Tensor | None], widths: tuple[int, ...], x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """(out, in) of ``parts`` (rows, width) and ``x`` (rows, in)."""
+    if len(parts) == 1:
+        return None if parts[0] is None else matmul(parts[0].t(), x, dtype)
+    total = x.new_empty(sum(widths), x.shape[1], dtype=dtype)
+    for g, share in zip(parts, total.split_with_sizes(widths), strict=True):
+        if g is None:
+            share.zero_()
+        else:
+            matmul(g.t(), x, dtype, out=share)
+    return total
+
+
+def _bias_gradient(parts: list[Tensor | None], widths: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """(out,) of ``parts`` (rows, width)."""
+    shares = [None if g is None else g.sum(0, dtype=dtype) for g in parts]
     present = next((share for share in shares if share is not None), None)
-    if present is None:
-        return None
-    return torch.cat([present.new_zeros(n) if share is None else share for share, n in zip(shares, ctx.widths, strict=True)])
+    if present is None or len(parts) == 1:
+        return present
+    return torch.cat([present.new_zeros(n) if share is None else share for share, n in zip(shares, widths, strict=True)])

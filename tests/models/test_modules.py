@@ -37,7 +37,7 @@ def gradients(device, implementation, compute, **config):
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("compute", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("compute", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize(("device", "implementation"), CASES)
 @pytest.mark.parametrize("pattern", ["mamba1", "mamba2", "attention"])
 def test_projections_give_a_model_the_gradients_of_linear_layers(pattern, device, implementation, compute, tolerance, monkeypatch):

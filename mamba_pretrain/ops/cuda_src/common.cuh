@@ -163,6 +163,23 @@ DEVICE void copy_tile(scalar_t* tile, const Rows& from, int batch, int step, int
     }
 }
 
+// -- sums over the four lanes of a quad, by shuffles ----------------------------------------------------------------------
+
+// Adds two lanes' values where one of them wants the sums of `lower`, the other (whose `bit` is set) those of `upper`: each sends what the other keeps.
+DEVICE void quad_exchange(float (&kept)[4], const float (&lower)[4], const float (&upper)[4], int bit) {
+    const bool up = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) kept[i] = (up ? upper[i] : lower[i]) + __shfl_xor_sync(FULL_WARP, up ? lower[i] : upper[i], bit);
+}
+
+// Sums over the quad of four times four values; lane number r of the quad receives the sums of values[r]. Exact, and of a fixed order.
+DEVICE void quad_sums(float (&sums)[4], const float (&values)[4][4]) {
+    float first[4], second[4];
+    quad_exchange(first, values[0], values[1], 1);
+    quad_exchange(second, values[2], values[3], 1);
+    quad_exchange(sums, first, second, 2);
+}
+
 // -- sums over the four lanes of a quad, on the tensor cores --------------------------------------------------------------
 
 // Sums each of four values over the quad (lanes 4q .. 4q+3); the sums go to `sum` of the quad's lane number `receiver`, all other

@@ -207,7 +207,9 @@ def main() -> int:
     if arguments.check:
         return int(not verdict(newest("engine_gpus")))
     payload = measure(arguments)
-    print("recorded", record("engine_gpus", payload))
+    import torch  # here, not in the workers' parent from the start: it names the GPU in the record
+
+    print("recorded", record("engine_gpus", payload, device=torch.cuda.get_device_name()))
     return int(not verdict(payload))
 
 

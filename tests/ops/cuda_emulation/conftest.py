@@ -27,7 +27,6 @@ PARAMS = {
     "scan_reduce": "ReduceParams",
     "conv_forward": "ConvParams",
     "conv_backward": "ConvParams",
-    "conv_reduce": "ConvReduceParams",
 }
 
 

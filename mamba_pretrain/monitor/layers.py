@@ -36,7 +36,7 @@ class LayerStatistics:
             return
         for index, block in enumerate(self._model.blocks()):
             self._observe(index, block.mixer)
-        self._arm(run.state.step + 1)
+        self._arm(run, run.state.step + 1)
 
     def on_step(self, run: Any, record: Any) -> None:
         """Hands out the row of the step before; keeps what this step measured."""
@@ -45,7 +45,7 @@ class LayerStatistics:
         self._emit(run)
         if self._active:
             self._pending = record.step, record.tokens, self._found
-        self._arm(record.step + 1)
+        self._arm(run, record.step + 1)
 
     def on_stop(self, run: Any, reason: str) -> None:
         """The last row."""
@@ -57,8 +57,9 @@ class LayerStatistics:
     def on_save(self, run: Any) -> None:
         """Nor do checkpoints."""
 
-    def _arm(self, next_step: int) -> None:
+    def _arm(self, run: Any, next_step: int) -> None:
         self._active = next_step % self._every == 0
+        (run.engine.watchers.add if self._active else run.engine.watchers.discard)("layers")  # a replay runs no hooks
         self._found = {}
 
     def _emit(self, run: Any) -> None:

@@ -115,19 +115,19 @@ class Profile:
 
     def on_start(self, run: Any) -> None:
         """Starts at once if the next step is the first to profile."""
-        self._start_before(run.state.step + 1)
+        self._start_before(run, run.state.step + 1)
 
     def on_step(self, run: Any, record: Any) -> None:
         """Stops after the last step; starts before the first."""
         if self._profiler is not None and record.step >= self._last:
-            self._finish()
-        self._start_before(record.step + 1)
+            self._finish(run)
+        self._start_before(run, record.step + 1)
 
     def on_stop(self, run: Any, reason: str) -> None:
         """A run that ends inside the range keeps what it has."""
         if self._profiler is not None:
             self._last = run.state.step
-            self._finish()
+            self._finish(run)
 
     def on_row(self, run: Any, row: Any) -> None:
         """Rows do not matter here."""
@@ -135,9 +135,10 @@ class Profile:
     def on_save(self, run: Any) -> None:
         """Nor do checkpoints."""
 
-    def _start_before(self, step: int) -> None:
+    def _start_before(self, run: Any, step: int) -> None:
         if not self._enabled or step != self._first:
             return
+        run.engine.watchers.add("profile")  # kernels of a replay do not tell which op launched them
         import torch
         from torch.profiler import ProfilerActivity, profile
 
@@ -148,11 +149,12 @@ class Profile:
         self._profiler = profile(activities=activities, acc_events=True)
         self._profiler.start()
 
-    def _finish(self) -> None:
+    def _finish(self, run: Any) -> None:
         import torch
 
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        run.engine.watchers.discard("profile")
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         self._folder.mkdir(parents=True, exist_ok=True)

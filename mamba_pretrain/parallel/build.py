@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from data_tools.errors import UserError
 from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
 from mamba_pretrain.parallel.engine import Engine
 from mamba_pretrain.parallel.topology import Topology, strategy_of
 
 
 def build_engine(parallel: ParallelConfig, precision: PrecisionConfig, topology: Topology) -> Engine:
-    """The engine of ``parallel.strategy``."""
-    if strategy_of(parallel, topology).startswith("zero"):
+    """The engine of ``parallel.strategy``. Raises UserError where it cannot do what ``parallel`` asks for."""
+    strategy = strategy_of(parallel, topology)
+    check_cuda_graphs(parallel, strategy, topology)
+    if strategy.startswith("zero"):
         from mamba_pretrain.parallel.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(parallel, precision, topology)
     from mamba_pretrain.parallel.torch_engine import TorchEngine
 
     return TorchEngine(parallel, precision, topology)
+
+
+def check_cuda_graphs(parallel: ParallelConfig, strategy: str, topology: Topology) -> None:
+    """Refuses graphs without a GPU, and where gradients are exchanged during the backward pass.
+
+    A recorded exchange hangs if one process replays it while another, whose recording failed, launches its own.
+    """
+    if parallel.cuda_graphs != "on":
+        return
+    if strategy != "single":
+        raise UserError(f"parallel.cuda_graphs=on needs parallel.strategy=single, not {strategy}; set parallel.cuda_graphs=auto")
+    if topology.device.type != "cuda":
+        raise UserError(f"parallel.cuda_graphs=on needs a CUDA device, not {topology.device.type}; set parallel.cuda_graphs=auto")

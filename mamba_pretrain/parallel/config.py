@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class ParallelConfig(BaseModel):
@@ -21,6 +21,11 @@ class ParallelConfig(BaseModel):
     activation_checkpointing: Literal["none", "block", "selective"] = Field(
         "none", description="recompute whole blocks, or (selective) all but the scans' and projections' outputs, in the backward pass"
     )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="single, on a GPU: record forward and backward pass once and replay them, so that no kernel waits for Python; "
+        "auto: where possible",
+    )
     reduce_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="dtype in which gradients are summed over processes; bf16 halves the traffic (zero3: of weights too), not ddp"
     )
@@ -28,6 +33,12 @@ class ParallelConfig(BaseModel):
     zero_hpz_partition_size: int = Field(1, ge=1, description="zero3: ZeRO++ secondary shards within groups of this many processes; 1: off")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="zero1-3: keys merged over the generated DeepSpeed config")
     timeout_minutes: float = Field(30.0, gt=0.0, description="a collective that takes longer ends the process")
+
+    @field_validator("cuda_graphs", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        """YAML reads a bare ``on`` and ``off`` as true and false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class PrecisionConfig(BaseModel):

@@ -43,6 +43,8 @@ class Engine(ABC):
         # Set by a save under way: returns when the weights and moments may change.
         self.before_update: Callable[[], None] | None = None
         self.isolate_documents = True
+        # Who looks into the next step's passes (hooks of statistics, the profiler): while there is anyone, kernels are launched one by one.
+        self.watchers: set[str] = set()
 
     @abstractmethod
     def prepare(self, model: LanguageModel, build_optimizer: Build, seed: int) -> None:

@@ -18,6 +18,7 @@ from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.optim.build import Build, set_learning_rate
 from mamba_pretrain.parallel.engine import Engine, SkipIf, StepResult
+from mamba_pretrain.parallel.micro_batch_graphs import CudaRecorder, MicroBatchGraphs, Recorder
 from mamba_pretrain.parallel.recompute import recompute
 from mamba_pretrain.parallel.sharding import local_part, shard, writes_copy
 
@@ -48,6 +49,14 @@ class TorchEngine(Engine):
         # Averaging engines divide by the number of processes; the loss is divided once, by the number of tokens, so this is undone.
         self._scale = float(self.topology.world_size)
         self.optimizer = build_optimizer(self._named)
+        self._graphs: MicroBatchGraphs | None = None
+        if self.name == "single" and self.topology.device.type == "cuda" and self.parallel.cuda_graphs != "off":
+            self.use_graphs(CudaRecorder(self.topology.device))
+
+    def use_graphs(self, recorder: Recorder) -> None:
+        """Replays micro-batches from now on, from what ``recorder`` records of them; one process only."""
+        parameters = [parameter for _, parameter in self._named]
+        self._graphs = MicroBatchGraphs(self._launched_loss, self._scaled, parameters, self.topology.device, recorder)
 
     def _mesh(self) -> DeviceMesh | None:
         kind, world = self.topology.device.type, self.topology.world_size
@@ -75,13 +84,22 @@ class TorchEngine(Engine):
             root.set_reshard_after_backward(last, recurse=False)
         elif isinstance(self._forward, DistributedDataParallel):
             self._forward.require_backward_grad_sync = last
+        elif self._graphs is not None and (loss := self._graphs.loss(batch, launch=bool(self.watchers))) is not None:
+            return loss
+        return self._launched_loss(batch)
+
+    def _launched_loss(self, batch: Batch) -> Tensor:
         tokens, boundaries, labels = self.inputs(batch)
         with self.autocast():
             return self._forward(tokens, boundaries, labels)
 
     def backward(self, loss: Tensor, divisor: Tensor) -> None:
         """See ``Engine.backward``."""
-        (loss * (self._scale / divisor)).backward()
+        if self._graphs is None or not self._graphs.backward(loss, divisor):
+            self._scaled(loss, divisor).backward()
+
+    def _scaled(self, loss: Tensor, divisor: Tensor) -> Tensor:
+        return loss * (self._scale / divisor)
 
     def step(self, lr: float, max_norm: float, skip_if: SkipIf | None = None) -> StepResult:
         """See ``Engine.step``."""
@@ -95,6 +113,8 @@ class TorchEngine(Engine):
             self.await_copy()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._graphs is not None:
+            self._graphs.step_done()
         return StepResult(norm, skipped)
 
     @torch.no_grad()

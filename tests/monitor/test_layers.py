@@ -21,7 +21,8 @@ def train(pattern: str, steps: int, every: int, is_main: bool = True) -> tuple[L
     model = LanguageModel(config)
     init.initialize(model, seed=0)
     rows: list[dict[str, Any]] = []
-    run = SimpleNamespace(is_main=is_main, state=SimpleNamespace(step=0), tell=lambda hook, row: rows.append(row))
+    engine = SimpleNamespace(watchers=set())
+    run = SimpleNamespace(is_main=is_main, engine=engine, state=SimpleNamespace(step=0), tell=lambda hook, row: rows.append(row))
     callback = LayerStatistics(model, every)
     callback.on_start(run)
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from mamba_pretrain.monitor.profiler import Breakdown, Profile, breakdown, kind_
 def run_steps(profile: Profile, begin: int, end: int) -> None:
     model = torch.nn.Linear(256, 256)
     optimizer = torch.optim.AdamW(model.parameters())
-    run = SimpleNamespace(state=SimpleNamespace(step=begin))
+    run = SimpleNamespace(engine=SimpleNamespace(watchers=set()), state=SimpleNamespace(step=begin))
     profile.on_start(run)
     for step in range(begin + 1, end + 1):
         hidden = F.rms_norm(model(torch.randn(64, 256)), (256,))

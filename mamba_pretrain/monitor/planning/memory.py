@@ -102,15 +102,16 @@ def estimate(
     accumulation: int = 1,
     options: Options | None = None,
     moments_bytes: float = ADAM_MOMENTS,
+    kept_gradients: bool = False,
 ) -> Memory:
     """The worst moment of a training step.
 
     ``accumulation``: micro-batches per step; with more than one, gradients already exist during the forward pass. ``moments_bytes``:
-    optimizer state per parameter (AdamW 8, 8-bit AdamW about 2).
+    optimizer state per parameter (AdamW 8, 8-bit AdamW about 2). ``kept_gradients``: CUDA graphs keep their gradients' memory between steps.
     """
     options = options or Options()
     costs: dict[str, BlockCost] = {mixer: block_cost(config, mixer, micro_batch, length, options) for mixer in set(config.layer_mixers)}
-    timeline = _Timeline(config, shape, split, costs, micro_batch, length, accumulation, options, moments_bytes)
+    timeline = _Timeline(config, shape, split, costs, micro_batch, length, accumulation > 1 or kept_gradients, options, moments_bytes)
     worst = max(timeline.moments(), key=lambda moment: moment.peak)
     by_mixer: dict[str, float] = {}
     for mixer, cost in zip(config.layer_mixers, timeline.costs, strict=True):
@@ -129,7 +130,7 @@ class _Timeline:
         costs: dict[str, BlockCost],
         micro_batch: int,
         length: int,
-        accumulation: int,
+        accumulating: bool,
         options: Options,
         moments_bytes: float,
     ) -> None:
@@ -141,7 +142,7 @@ class _Timeline:
         if mixed and self.gathers:
             # Autograd keeps autocast's bf16 copies of the weights; FSDP2 frees its gathered ones after the block's forward pass.
             self.costs = [replace(c, saved=max(0.0, c.saved - BF16 * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
-        self.accumulating = accumulation > 1
+        self.accumulating = accumulating
         # Autocast caches its bf16 copies of the weights until the forward pass ends, also where recomputation keeps nothing else.
         self.casts = float(BF16 * sum(shape.blocks)) if mixed and options.recompute != "none" and not self.gathers else 0.0
         self.base = {

@@ -113,8 +113,9 @@ class Planner:
         split = self.split(strategy)
         options = Options(self.compute, recompute, fused=self.machine.device != "cpu")
         moments = 2.0 if self.config.optim.name == "adamw8bit" else memory.ADAM_MOMENTS
+        graphs = strategy == "single" and options.fused and self.config.parallel.cuda_graphs != "off"
         return memory.estimate(
-            self.config.model, self.shape, split, micro_batch, self.length, self.accumulation(micro_batch), options, moments
+            self.config.model, self.shape, split, micro_batch, self.length, self.accumulation(micro_batch), options, moments, graphs
         )
 
     def split(self, strategy: str) -> memory.Sharding:

@@ -1,0 +1,259 @@
+"""A micro-batch's forward and backward pass recorded once per shape as CUDA graphs and replayed.
+
+A training step launches thousands of kernels, and from Python that takes longer than a small model's kernels take to run. A replay is one
+launch each for forward and backward pass. It reads its batch from fixed buffers and leaves its gradients in fixed buffers, and it runs the very
+kernels that were recorded: results are those of the pass that launches them one by one.
+
+What is recorded must not wait for the device or look at its values; whether anything does is found out by recording. If that fails, a warning
+says why and training goes on launch by launch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mamba_pretrain.data.batch import Batch
+
+log = logging.getLogger(__name__)
+
+# Every further shape holds memory of its own for its batch and its graph; training has one shape, and a run that has many is better off without.
+MAX_SHAPES = 4
+_INPUTS = ("tokens", "labels", "seq_idx", "positions")
+
+Replay = Callable[[], None]
+Key = tuple[tuple[int, ...], bool]  # shape of the batch, and whether the graph overwrites the gradients (or adds to them)
+
+
+class Recorder(Protocol):
+    """Records what a function launches."""
+
+    def record(self, work: Callable[[], None]) -> Replay:
+        """Calls ``work`` without running the kernels that it launches; the result runs them, on the memory that ``work`` saw."""
+
+    def has_room(self) -> bool:
+        """Whether the device has memory for a pass launch by launch, beside what recordings hold."""
+
+    def forget(self) -> None:
+        """Gives up the memory of all recordings."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share one pool of memory: they run one after another, each pass complete before the next begins."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._held = 0
+
+    def record(self, work: Callable[[], None]) -> Replay:
+        """See ``Recorder.record``."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self._device)
+        try:
+            # `thread_local`: threads that load data and write checkpoints go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(current)  # a recording that fails leaves its own
+        self._held += max(0, torch.cuda.memory_reserved(self._device) - before)
+        return graph.replay
+
+    def has_room(self) -> bool:
+        """See ``Recorder.has_room``: a pass needs about what the recordings hold."""
+        if torch.cuda.mem_get_info(self._device)[0] < self._held:
+            torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0] >= self._held
+
+    def forget(self) -> None:
+        """See ``Recorder.forget``."""
+        torch.cuda.synchronize(self._device)
+        self._pool, self._held = torch.cuda.graph_pool_handle(), 0
+        torch.cuda.empty_cache()
+
+
+@dataclass(eq=False)
+class _Recording:
+    """One shape's batch, and what runs its passes. ``loss`` is what the forward pass last gave."""
+
+    batch: Batch
+    loss: Tensor | None = None
+    forward: Replay | None = None
+    backward: Replay | None = None
+    live: Tensor | None = field(default=None, repr=False)  # the loss with its autograd graph, between the two passes
+
+
+class MicroBatchGraphs:
+    """Runs micro-batches by recordings wherever it can; where it cannot, ``loss`` and ``backward`` say so and the caller launches.
+
+    A shape's first step is launched, which compiles and tunes kernels. A step either begins with a recording or is launched as a whole: only at
+    its first micro-batch, when no parameter has a gradient, may gradients be overwritten. Between steps parameters have no gradient, as
+    without recordings; the buffers are handed to them again when they are filled.
+    """
+
+    def __init__(
+        self,
+        loss_of: Callable[[Batch], Tensor],
+        scaled: Callable[[Tensor, Tensor], Tensor],
+        parameters: Sequence[nn.Parameter],
+        device: torch.device,
+        recorder: Recorder,
+    ) -> None:
+        """``loss_of(batch)`` on the device, and ``scaled(loss, divisor)``, whose gradient is wanted; ``parameters``: all that get one."""
+        self._loss_of = loss_of
+        self._scaled = scaled
+        self._parameters = list(parameters)
+        self._device = device
+        self._recorder = recorder
+        self._divisor = torch.ones((), dtype=torch.float32, device=device)
+        self._recordings: dict[Key, _Recording] = {}
+        self._batches: dict[tuple[int, ...], Batch] = {}
+        self._gradients: list[Tensor | None] | None = None
+        self._overwriting: tuple[int, ...] | None = None  # the shape whose graph made the gradients' buffers
+        self._launched: set[tuple[int, ...]] = set()  # shapes of this step
+        self._ready: set[tuple[int, ...]] = set()  # shapes of earlier steps, whose kernels are compiled and tuned
+        self._pending: tuple[_Recording, Tensor] | None = None
+        self.failed: str | None = None
+
+    def loss(self, batch: Batch, launch: bool = False) -> Tensor | None:
+        """The loss of a micro-batch, whose gradient ``backward`` adds; None if it must be launched. ``launch``: asks for that."""
+        self._pending = None
+        if self.failed is not None:
+            return None
+        shape = tuple(batch.tokens.shape)
+        state = self._accumulated()
+        if launch or state == "launched" or shape not in self._ready:
+            self._launched.add(shape)
+            self._make_room(state)
+            return None
+        if state == "nothing" and self._overwriting not in (None, shape):
+            self._clear_gradients()
+            state = "recorded"
+        try:
+            recording = self._recording(shape, overwrite=state == "nothing")
+        except Exception as error:  # whatever a library does that a recording does not allow
+            self._give_up(error)
+            return None
+        for name in _INPUTS:
+            getattr(recording.batch, name).copy_(getattr(batch, name), non_blocking=True)
+        assert recording.forward is not None
+        recording.forward()
+        assert recording.loss is not None
+        loss = recording.loss.clone()  # the next replay overwrites its own
+        self._pending = recording, loss
+        return loss
+
+    def backward(self, loss: Tensor, divisor: Tensor) -> bool:
+        """Adds the gradient if ``loss`` is the last that a recording gave, as it must be."""
+        pending, self._pending = self._pending, None
+        if pending is None or pending[1] is not loss:
+            if loss.requires_grad:
+                return False
+            raise RuntimeError("the backward pass of a recorded micro-batch must follow its forward pass at once, and only once")
+        assert pending[0].backward is not None
+        self._divisor.copy_(divisor)
+        pending[0].backward()
+        self._hand_out()
+        return True
+
+    def step_done(self) -> None:
+        """After an update: what this step launched may be recorded from now on."""
+        self._ready |= self._launched
+        self._launched.clear()
+
+    # -- gradients
+
+    def _accumulated(self) -> str:
+        """What the parameters' gradients are: ``nothing`` yet, of ``recorded`` passes, or ``launched`` ones (which no recording knows)."""
+        present = [(i, p.grad) for i, p in enumerate(self._parameters) if p.grad is not None]
+        if not present:
+            return "nothing"
+        index, gradient = present[0]
+        return "recorded" if self._gradients is not None and self._gradients[index] is gradient else "launched"
+
+    def _hand_out(self) -> None:
+        assert self._gradients is not None
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def _clear_gradients(self) -> None:
+        assert self._gradients is not None
+        torch._foreach_zero_([g for g in self._gradients if g is not None])
+        self._hand_out()
+
+    # -- recording
+
+    def _recording(self, shape: tuple[int, ...], overwrite: bool) -> _Recording:
+        if (shape, overwrite) not in self._recordings:
+            if shape not in self._batches and len(self._batches) >= MAX_SHAPES:
+                raise ValueError(f"there are batches of more than {MAX_SHAPES} shapes")
+            self._recordings[shape, overwrite] = self._record(self._static_batch(shape), overwrite)
+            if overwrite:
+                self._overwriting = shape
+                log.info("CUDA graphs: recorded forward and backward pass of micro-batches of %s tokens", " x ".join(map(str, shape)))
+        return self._recordings[shape, overwrite]
+
+    def _static_batch(self, shape: tuple[int, ...]) -> Batch:
+        if shape not in self._batches:
+            from mamba_pretrain.data.batch import empty_batch
+
+            empty = empty_batch(*shape)
+            self._batches[shape] = empty.map(lambda t: t.to(self._device).clone())
+        return self._batches[shape]
+
+    def _record(self, batch: Batch, overwrite: bool) -> _Recording:
+        recording = _Recording(batch)
+
+        def forward() -> None:
+            # Views: what is remembered by tensor (documents' numbers) is then computed in every recording, and by every replay.
+            recording.live = self._loss_of(batch.map(lambda t: t.view_as(t)))
+            recording.loss = recording.live.detach()
+
+        def backward() -> None:
+            assert recording.live is not None
+            self._scaled(recording.live, self._divisor).backward()
+            recording.live = None
+
+        recording.forward = self._recorder.record(forward)
+        recording.backward = self._recorder.record(backward)
+        if overwrite:
+            # Recorded with no gradients there, the backward pass makes them, in memory that stays theirs as long as these are kept.
+            self._gradients = [p.grad for p in self._parameters]
+            for parameter in self._parameters:
+                parameter.grad = None
+        return recording
+
+    # -- ways out
+
+    def _make_room(self, state: str) -> None:
+        """Before a launched pass: two passes' activations may be more than the device holds."""
+        if state == "nothing" and self._recordings and not self._recorder.has_room():
+            log.info("CUDA graphs: given up for a step that must be launched, for want of memory; they will be recorded again")
+            self._forget()
+
+    def _give_up(self, error: Exception) -> None:
+        reason = " ".join(str(error).split())[:300]
+        self.failed = f"{type(error).__name__}: {reason}"
+        log.warning(
+            "CUDA graphs cannot be used (%s); kernels are launched one by one, which is slower and gives the same results", self.failed
+        )
+        gradients = self._gradients
+        if gradients is None or self._accumulated() != "recorded":
+            for parameter in self._parameters:
+                parameter.grad = None  # of a recording that was cut off: nothing has been computed
+        self._forget()
+
+    def _forget(self) -> None:
+        self._recordings.clear()
+        self._batches.clear()
+        self._gradients = self._overwriting = None
+        self._recorder.forget()

@@ -60,6 +60,7 @@ class Setting:
     length: int
     lr: float = 3e-4
     warmup: int = 100
+    cuda_graphs: Any = "auto"  # ours: auto | on | off
 
     def rate(self, step: int) -> float:
         """The learning rate of a step (from 0): without warm-up training is unstable, and rounding alone drives losses apart."""
@@ -88,13 +89,14 @@ def ours(setting: Setting) -> Step:
 
     with torch.device("meta"):
         model = LanguageModel(setting.config)
-    parallel = ParallelConfig(strategy="single")
+    parallel = ParallelConfig(strategy="single", cuda_graphs=setting.cuda_graphs)
     engine = build_engine(parallel, PrecisionConfig(compute="bf16"), topology.initialize(parallel))
     optim = OptimConfig(lr=setting.lr, schedule={"name": "constant", "warmup_fraction": 0.0})
     engine.prepare(model, optimizer_builder(optim, model.parameter_policies()), seed=1)
     shape = (setting.batch, setting.length)
-    seq_idx = torch.zeros(shape, dtype=torch.int32)
-    positions = torch.arange(setting.length).expand(shape).contiguous()
+    # Pinned, as the loader's batches are: other copies to the GPU wait for the step before.
+    seq_idx = torch.zeros(shape, dtype=torch.int32).pin_memory()
+    positions = torch.arange(setting.length).expand(shape).contiguous().pin_memory()
 
     steps = itertools.count()
 
@@ -103,6 +105,7 @@ def ours(setting: Setting) -> Step:
         return train_step(engine, [batch], setting.rate(next(steps)), 1.0).loss
 
     step.choices = registry.choices  # type: ignore[attr-defined]
+    step.engine = engine  # type: ignore[attr-defined]
     return step
 
 
@@ -201,13 +204,17 @@ def measure(name: str, setting: Setting, steps: int, loss_steps: int) -> dict[st
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     milliseconds = statistics.median(a.elapsed_time(b) for a, b in events[-steps:])
     result = {"step_ms": milliseconds, "tokens_per_second": setting.batch * setting.length / milliseconds * 1e3}
-    result |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9, "losses": [round(float(loss), 5) for loss in losses]}
+    result |= {
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+        "losses": [round(float(loss), 5) for loss in losses],
+    }
     if hasattr(step, "choices"):
         result["implementations"] = [str(choice) for choice in step.choices()]
     return result
 
 
-def compare(name: str, peers: list[str], steps: int, loss_steps: int, batch: int | None, length: int) -> dict[str, Any]:
+def compare(name: str, peers: list[str], steps: int, loss_steps: int, batch: int | None, length: int, cuda_graphs: str) -> dict[str, Any]:
     """All implementations at one setting."""
     from mamba_pretrain.config import load_config
     from mamba_pretrain.models.model_flops import describe
@@ -215,9 +222,9 @@ def compare(name: str, peers: list[str], steps: int, loss_steps: int, batch: int
 
     path, default_batch = MODELS[name]
     config = load_config(Path(__file__).parents[1] / path).model
-    setting = Setting(name, config, batch or default_batch, length)
+    setting = Setting(name, config, batch or default_batch, length, cuda_graphs=cuda_graphs)
     flops, peak = describe(config, length), peak_flops(torch.cuda.get_device_name())
-    results: dict[str, Any] = {"model": name, "batch": setting.batch, "length": length}
+    results: dict[str, Any] = {"model": name, "batch": setting.batch, "length": length, "cuda_graphs": cuda_graphs}
     for implementation in ["ours", *peers]:
         found = measure(implementation, setting, steps, loss_steps)
         if peak and "error" not in found:
@@ -272,6 +279,7 @@ def main() -> None:
     parser.add_argument("--loss-steps", type=int, default=20)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--cuda-graphs", default="auto", choices=["auto", "on", "off"], help="of ours")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.check:
@@ -281,7 +289,7 @@ def main() -> None:
             parser.error("this machine has no GPU; --check reads the newest record")
         peers = [peer for peer in arguments.peers.split(",") if peer]
         rows = [
-            compare(name, peers, arguments.steps, arguments.loss_steps, arguments.batch, arguments.length)
+            compare(name, peers, arguments.steps, arguments.loss_steps, arguments.batch, arguments.length, arguments.cuda_graphs)
             for name in arguments.models.split(",")
         ]
         result = json.loads(record("train_step", {"comparisons": rows}, folder=arguments.output).read_text())

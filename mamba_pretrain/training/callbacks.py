@@ -71,7 +71,7 @@ class ReadMetrics(Callback):
         record, self._pending = self._pending, None
         if record is None:
             return
-        loss, grad_norm = float(record.metrics.loss), float(record.metrics.grad_norm)
+        loss, grad_norm = record.metrics.read()
         now = time.perf_counter()
         # Read late, a step took the time between two reads. Read at once (before a save), the last read is but a moment ago, and the time
         # between two launches tells.

@@ -18,14 +18,29 @@ if TYPE_CHECKING:
 class StepMetrics:
     """Results of a step.
 
-    ``loss`` (mean over all valid tokens of all ranks) and ``grad_norm`` (before clipping) are 0-d tensors still on the device: reading
-    them is what synchronises, so the loop reads them one step late.
+    ``loss`` (mean over all valid tokens of all ranks) and ``grad_norm`` (before clipping) are 0-d tensors still on the device. Reading one waits
+    for all that is queued there; ``read`` waits for this step only, so that the loop reads a step while the device computes the next.
     """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     n_valid: torch.Tensor
     skipped: bool
+
+    def __post_init__(self) -> None:
+        self._both = torch.stack([value.detach().to(self.loss.device, torch.float64) for value in (self.loss, self.grad_norm)])
+        self._copied: torch.cuda.Event | None = None
+        if self._both.is_cuda:
+            self._both = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(self._both, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> tuple[float, float]:
+        """Loss and gradient norm."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, norm = self._both.tolist()
+        return loss, norm
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
@@ -44,7 +59,8 @@ def train_step(
     (transformers#34191, torchtitan#2206).
     """
     device = engine.topology.device
-    n_valid = all_reduce_sum(torch.tensor(float(sum(batch.n_valid for batch in batches)), dtype=torch.float64, device=device))
+    # `full` fills on the device; `tensor` would copy from the host, which waits for the step before.
+    n_valid = all_reduce_sum(torch.full((), sum(batch.n_valid for batch in batches), dtype=torch.float64, device=device))
     divisor = n_valid.clamp(min=1.0).float()
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     for i, batch in enumerate(batches):

@@ -10,6 +10,7 @@ says why and training goes on launch by launch.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -57,14 +58,19 @@ class CudaRecorder:
         """See ``Recorder.record``."""
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         torch.cuda.synchronize(self._device)
+        gc.collect()  # also so that none happens in the middle, where memory cannot be given back
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._device)
         try:
             # `thread_local`: threads that load data and write checkpoints go on calling CUDA meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 work()
-        finally:
-            torch.cuda.set_stream(current)  # a recording that fails leaves its own
+        except BaseException:
+            # A recording that is cut off leaves its stream behind, and a random generator that believes it is still being recorded.
+            torch.cuda.set_stream(current)
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         self._held += max(0, torch.cuda.memory_reserved(self._device) - before)
         return graph.replay
 
@@ -241,8 +247,10 @@ class MicroBatchGraphs:
             self._forget()
 
     def _give_up(self, error: Exception) -> None:
-        reason = " ".join(str(error).split())[:300]
-        self.failed = f"{type(error).__name__}: {reason}"
+        first: BaseException = error  # what broke the recording off; ending it raises an error of its own, which says less
+        while first.__context__ is not None:
+            first = first.__context__
+        self.failed = f"{type(first).__name__}: {' '.join(str(first).split())[:300]}"
         log.warning(
             "CUDA graphs cannot be used (%s); kernels are launched one by one, which is slower and gives the same results", self.failed
         )

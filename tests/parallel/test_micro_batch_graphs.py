@@ -307,6 +307,19 @@ def test_documents_of_the_moment_count_on_a_gpu(worker):
 
 
 @pytest.mark.gpu
+def test_a_recording_that_fails_leaves_no_trace_on_a_gpu(worker, caplog):
+    engines = [worker.build(worker.Job("x", "single", "mamba1", parallel={"cuda_graphs": graphs}), HERE)[0] for graphs in ("on", "off")]
+    # Reading a value waits for the device, which no recording may do.
+    engines[0].model.layers[1].register_forward_hook(lambda module, inputs, output: float(output[0].sum()))
+    for step in range(3):
+        found = [float(train_step(engine, worker.my_batches(step, ALONE, 6), 1e-3, 0.5).loss) for engine in engines]
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert caplog.text.count("CUDA graphs cannot be used") == 1
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.rand(4, device="cuda").isfinite().all()
+
+
+@pytest.mark.gpu
 def test_another_threads_work_does_not_disturb_a_recording(worker):
     """The loader pins memory, a save copies weights: from threads of their own, while a step is recorded."""
     import threading

@@ -50,6 +50,17 @@ def test_plan_of_a_published_size(run_config: MakeConfig) -> None:
         assert expected in text
 
 
+def test_graphs_keep_their_gradients(run_config: MakeConfig) -> None:
+    # One micro-batch a step: launched, gradients come to be while activations go.
+    config = run_config(batch=16, micro=16, strategy="single")
+    found = {}
+    for mode in ("auto", "off"):
+        config.parallel = config.parallel.model_copy(update={"cuda_graphs": mode})
+        found[mode] = make_plan(config, Machine.of("NVIDIA H100 80GB HBM3", 1), alternatives=False)
+    assert found["auto"].memory["parts"]["gradients"] == 4 * found["auto"].parameters
+    assert 0 < found["auto"].memory["peak"] - found["off"].memory["peak"] <= 4 * found["auto"].parameters
+
+
 def test_state_bytes_of_every_engine(run_config: MakeConfig) -> None:
     config = ModelConfig(mixer="mamba2", n_layer=48, d_model=2048, vocab_size=50277)
     shape, n = shape_of(config), 8

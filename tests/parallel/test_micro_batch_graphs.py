@@ -149,6 +149,17 @@ def test_shapes_that_mix_within_a_step(make, worker):
     assert graphed.recorder.replays == 2 * 3 * 3
 
 
+def test_a_step_that_begins_launched_is_launched_to_its_end(make, worker):
+    graphed, launched = make(), make(graphs=False)
+    for engine in (graphed, launched):
+        train(engine, worker, 0)
+        # A shape never seen, then one that could be replayed: its recording would not know the gradients that are there.
+        train_step(engine, worker.my_batches(1, ALONE, 12) + worker.my_batches(2, ALONE, 6), 1e-2, 0.5)
+        train(engine, worker, 3)
+    assert_equal(weights_of(graphed), weights_of(launched))
+    assert graphed.recorder.replays == 2 * 2
+
+
 def test_too_many_shapes_end_the_use_of_graphs(make, worker, caplog):
     graphed, launched = make(), make(graphs=False)
     for _ in range(2):
@@ -299,13 +310,14 @@ def test_documents_of_the_moment_count_on_a_gpu(worker):
         batch.n_valid,
         batch.sample_ids,
     )
-    losses = {}
+    losses, kept = {}, {}
     for name, given in (("cut", batch), ("joined", joined), ("cut again", batch)):
         loss = engine.loss(given, last=True)
         assert not loss.requires_grad, "this was launched, not replayed"
-        losses[name] = float(loss)
+        losses[name], kept[name] = float(loss), loss
         assert losses[name] == pytest.approx(float(engine.evaluate(given)), rel=1e-5)
     assert losses["cut"] == losses["cut again"] != losses["joined"]
+    assert {name: float(loss) for name, loss in kept.items()} == losses, "a replay overwrote a loss that was handed out"
 
 
 @pytest.mark.gpu

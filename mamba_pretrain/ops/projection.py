@@ -54,6 +54,9 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None, widths: tuple[int, 
     return (x, *parts) if beside else parts
 
 
+_alias = torch.ops.aten._unsafe_view.default  # the same memory in another shape
+
+
 # Every call counts here: a small model's kernels are shorter than what it takes to launch them.
 class _Projection(torch.autograd.Function):
     @staticmethod
@@ -72,9 +75,10 @@ class _Projection(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.widths, ctx.beside, ctx.shape, ctx.device = widths, beside, shape, x.device.type
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-        y = y.view(*shape[:-1], y.shape[1])
-        parts = (y,) if len(widths) == 1 else y.split_with_sizes(widths, dim=-1)
-        return (x, *parts) if beside else parts
+        # Not views in autograd's books, as a matmul's own result is none: FSDP2 warns of modules that return views.
+        y = _alias(y, (*shape[:-1], y.shape[1]))
+        parts = (y,) if len(widths) == 1 else torch.unsafe_split_with_sizes(y, widths, dim=-1)
+        return (_alias(x, shape), *parts) if beside else tuple(parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -278,6 +278,15 @@ def test_without_a_backward_pass_nothing_is_kept(kind):
         assert torch.equal(KINDS[kind][0](*inputs)[-1], found[-1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_no_views_to_autograd(kind):
+    inputs = operands()
+    found = KINDS[kind][0](*inputs)
+    assert not any(t._is_view() for t in found)  # FSDP2 would warn of each
+    assert len({t.untyped_storage().data_ptr() for t in found}) == (2 if kind == "beside" else 1)  # and yet nothing is copied
+    assert kind != "beside" or found[0].data_ptr() == inputs[0].data_ptr()
+
+
 def test_widths_must_add_up():
     x, weight, bias = operands()
     with pytest.raises(ValueError, match=r"\(6, 24\) do not add up to the 33 outputs"):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import RESULTS, Growing, newest
+from record import RESULTS, Growing, conclude, newest
 
 REPOSITORY = Path(__file__).parents[1]
 MODELS = {"mamba1-130m": "configs/mamba1/130m.yaml", "mamba2-130m": "configs/mamba2/130m.yaml"}
@@ -138,10 +138,7 @@ def main() -> None:
             for name in [name for name in MODELS if name not in result["training"]]:
                 result["training"][name] = loss_curve(name, data, arguments.steps, arguments.batch, folder, isolate)
                 growing.save(result)
-    failed = check(result)
-    for line in failed:
-        print(f"UNDER THE BAR {line}")
-    sys.exit(bool(failed))
+    conclude(check(result))
 
 
 if __name__ == "__main__":

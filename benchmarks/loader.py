@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
-from record import newest, record
+from record import conclude, newest, record
 
 from data_tools.indexed import IndexedWriter
 from data_tools.manifest import Manifest, Shard, Split, TokenizerInfo
@@ -181,10 +181,7 @@ def main() -> None:
         result = {"samples_per_second": rates, "gigabytes": gigabytes, "cpus": os.cpu_count(), "load_average": os.getloadavg()[0]}
         if not arguments.check:
             result = json.loads(record("loader", result).read_text())
-    failed = check(result)
-    for line in failed:
-        print(f"UNDER THE BAR {line}")
-    sys.exit(bool(failed))
+    conclude(check(result))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import newest, record
+from record import rows_of
 
 TOKENS = (8, 2048)
 SLOWEST = 1.02  # of torch.nn.Linear's time: no projection may lose by more than noise
@@ -140,13 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 under a bar; without a GPU reads the newest record")
     arguments = parser.parse_args()
-    if torch.cuda.is_available():
-        rows = [measure(name, case) for name, case in CASES.items()]
-        print(record("projection", {"rows": rows}))
-    else:
-        found = newest("projection")
-        print(f"{found['device']}, {found['date']}")
-        rows = found["rows"]
+    rows = rows_of("projection", lambda: [measure(name, case) for name, case in CASES.items()])
     show(rows)
     failed = failures(rows) if arguments.check else []
     print("\n".join(failed))

@@ -8,8 +8,9 @@ import json
 import platform
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -85,9 +86,29 @@ class Growing:
 
 
 def newest(name: str, device_contains: str = "", folder: Path = RESULTS) -> dict[str, Any]:
-    """The newest record of that name (whose device contains the given text); raises FileNotFoundError with the name if there is none."""
+    """The newest record of that name (whose device contains the given text); ends the program with a sentence, exit code 1, if there is none."""
     records = [json.loads(p.read_text()) for p in folder.glob(f"{name}-*.json")]
     records = [r for r in records if r["name"] == name and device_contains.lower() in r["device"].lower()]
     if not records:
-        raise FileNotFoundError(f"no record of {name} under {folder}; run benchmarks/{name}.py on the machine to be measured")
+        sys.exit(f"no record of {name} under {folder}; run benchmarks/{name}.py on the machine to be measured")
     return max(records, key=lambda r: r["date"])
+
+
+def rows_of(name: str, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What ``measure`` finds on this machine's GPU, recorded under that name; without a GPU the rows of the newest record."""
+    import torch
+
+    if torch.cuda.is_available():
+        rows = measure()
+        print(record(name, {"rows": rows}))
+        return rows
+    found = newest(name)
+    print(f"{found['device']}, {found['date']}{', ' + found['note'] if 'note' in found else ''}")
+    return list(found["rows"])
+
+
+def conclude(failed: list[str]) -> NoReturn:
+    """Prints what is under its bar and ends the program, with exit code 1 if anything is."""
+    for line in failed:
+        print(f"UNDER THE BAR {line}")
+    sys.exit(bool(failed))

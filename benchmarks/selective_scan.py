@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import newest, record
+from record import rows_of
 
 # (batch, channels, length, states): least speed-up over mamba-ssm of (forward, backward, both); None where there is no bar.
 SHAPES: dict[tuple[int, int, int, int], tuple[float | None, float | None, float | None]] = {
@@ -252,13 +252,7 @@ def main() -> int:
     if arguments.tune:
         tune()
         return 0
-    if torch.cuda.is_available():
-        rows = [measure(size) for size in SHAPES]
-        print(record("selective_scan", {"rows": rows}))
-    else:
-        found = newest("selective_scan")
-        print(f"{found['device']}, {found['date']}{', ' + found['note'] if 'note' in found else ''}")
-        rows = found["rows"]
+    rows = rows_of("selective_scan", lambda: [measure(size) for size in SHAPES])
     show(rows)
     failed = failures(rows) if arguments.check else []
     print("\n".join(failed))

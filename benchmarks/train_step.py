@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import RESULTS, newest, record
+from record import RESULTS, conclude, newest, record
 
 # model: (config, micro-batch of the equal-batch comparison)
 MODELS = {
@@ -293,10 +293,7 @@ def main() -> None:
             for name in arguments.models.split(",")
         ]
         result = json.loads(record("train_step", {"comparisons": rows}, folder=arguments.output).read_text())
-    failed = check(result)
-    for line in failed:
-        print(f"UNDER THE BAR {line}")
-    sys.exit(bool(failed))
+    conclude(check(result))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,19 @@ DEVICE void store(scalar_t* p, const float (&v)[K]) {
 }
 #endif
 
+// Floats as they are stored, in words.
+template <int K, int WORDS>
+DEVICE void to_words(const float (&v)[K], unsigned (&w)[WORDS]) {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+#if SCALAR_TYPE == 0
+        w[i] = __float_as_uint(v[i]);
+#else
+        w[i] = pack(v[2 * i], v[2 * i + 1]);
+#endif
+    }
+}
+
 // -- math ---------------------------------------------------------------------------------------------------------------
 
 // 2^x on the FMA pipe, for x <= 0: relieves the special-function unit, which gives 16 results a clock where the FMA pipe gives 128.

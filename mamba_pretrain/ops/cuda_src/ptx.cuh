@@ -68,6 +68,21 @@ DEVICE void copy_async(void* shared, const void* global, bool inside = true) {
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
+// -- stores without a branch ----------------------------------------------------------------------------------------------
+
+// Writes 1, 2 or 4 words if `yes`: a predicate, which leaves the code around it in one piece.
+template <int WORDS>
+DEVICE void store_if(bool yes, void* p, const unsigned (&w)[WORDS]) {
+    if constexpr (WORDS == 1) {
+        asm volatile("{.reg .pred q; setp.ne.u32 q, %0, 0; @q st.global.b32 [%1], %2;}" ::"r"(unsigned(yes)), "l"(p), "r"(w[0]) : "memory");
+    } else if constexpr (WORDS == 2) {
+        asm volatile("{.reg .pred q; setp.ne.u32 q, %0, 0; @q st.global.v2.b32 [%1], {%2, %3};}" ::"r"(unsigned(yes)), "l"(p), "r"(w[0]), "r"(w[1]) : "memory");
+    } else {
+        asm volatile("{.reg .pred q; setp.ne.u32 q, %0, 0; @q st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(unsigned(yes)), "l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                     : "memory");
+    }
+}
+
 // -- tensor cores ---------------------------------------------------------------------------------------------------------
 
 // sum += A B with A 16 x 8, B 8 x 8, sum 16 x 8, spread over a warp as PTX lays down; inputs are tf32 (the low 13 bits are dropped).

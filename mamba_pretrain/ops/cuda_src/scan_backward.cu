@@ -16,11 +16,38 @@
 // that halving exchanges between quads send one register and keep another without choosing; B and C lie in shared memory once per twist.
 #include "scan.cuh"
 
+#ifndef LATE
+#define LATE 0  // C . state and dC on the way back
+#endif
+#ifndef SUMS
+#define SUMS 0  // 1: sums over a quad by shuffles
+#endif
+#ifndef MERGE
+#define MERGE 0  // the way forward over SUB steps follows the way back over the SUB behind them without a branch
+#endif
+#ifndef TRUNC
+#define TRUNC 0  // partial sums are cut to tf32, not rounded; the mean loss is made good
+#endif
+#ifndef REBUILD_POLY
+#define REBUILD_POLY 0  // every so manyth decay of the rebuilding on the FMA pipe
+#endif
+#ifndef SKEW
+#define SKEW 0  // nanoseconds by which every other block of a multiprocessor begins later
+#endif
+#ifndef SPLIT
+#define SPLIT 0  // prepare before the tile's first barrier
+#endif
+
 constexpr int SUB = 4;                           // steps whose decays and states are in registers
 constexpr int SUBS = TILE / SUB;
+constexpr bool SHUFFLED = SUMS && CPT == 4;      // sums over a quad by shuffles: a group is SUB steps
 constexpr int KEPT = NPT / TWISTS;               // sums of a lane that are left after the exchanges without choice
 constexpr int STATE_VECTORS = CPT * NPT / VECTOR;
 static_assert(SUB % STEPS_A_LANE == 0, "a lane finishes whole steps of one group");
+
+// The time step where a document begins is scaled by a power of two, which the end of its computation takes back: any decay underflows.
+constexpr float START_SCALE = 0x1p100f, START_LEAST = 0x1p-26f, START_MOST = 0x1p27f;
+static_assert(START_SCALE * START_LEAST * -LARGEST_A > 150.f, "exp2 of it is exactly 0");
 
 struct BackwardParams {
     Rows u, delta, z, B, C, dout;
@@ -41,16 +68,22 @@ struct BackwardParams {
 struct BackwardWarp {  // a warp's shared memory
     scalar_t u[2][TILE][WARP_CHANNELS];
     scalar_t delta[2][TILE][WARP_CHANNELS];
-    scalar_t dout[2][TILE][WARP_CHANNELS];
 #if HAS_Z
-    scalar_t z[2][TILE][WARP_CHANNELS];
+    scalar_t gated[2][2][TILE][WARP_CHANNELS];  // dout and z; once these have been used dout times the gate's slope, in floats
+    DEVICE scalar_t (*dout(int stage))[WARP_CHANNELS] { return gated[stage][0]; }
+    DEVICE scalar_t (*z(int stage))[WARP_CHANNELS] { return gated[stage][1]; }
+    DEVICE float (*dgate(int stage))[WARP_CHANNELS] { return reinterpret_cast<float(*)[WARP_CHANNELS]>(gated[stage]); }
+#else
+    scalar_t douts[2][TILE][WARP_CHANNELS];
+    DEVICE scalar_t (*dout(int stage))[WARP_CHANNELS] { return douts[stage]; }
 #endif
     float time_step[TILE][WARP_CHANNELS];
     float input[TILE][WARP_CHANNELS];
     float dy[TILE][WARP_CHANNELS];
     float dBC[2][TILE][STATES];
     float states[SUBS][STATE_VECTORS][32][VECTOR];  // before each SUB steps, one lane's side by side
-    float sums[2][32][CPT];                         // of dD and dbias, a lane's share
+    float dD[32][4];                                // a lane's share: of the channels that it turns into floats,
+    float dbias[32][CPT];                           // and of those that it finishes
     float D[WARP_CHANNELS];
     float bias[WARP_CHANNELS];
 };
@@ -68,6 +101,20 @@ struct Backward {
     BackwardWarp& tile;
     const int batch, channel0, lane;
 
+    template <int SLOT>
+    DEVICE static float rebuild_decay(float delta, float rate) {
+#if REBUILD_POLY
+        if constexpr (SLOT % REBUILD_POLY == REBUILD_POLY - 1) {
+            const float x = fmaxf(delta * rate, -127.f), shifted = fmaf(1.f, x, 12582912.f), f = x - (shifted - 12582912.f);
+            float p = 1.32647273e-3f;
+            p = fmaf(p, f, 9.67151299e-3f), p = fmaf(p, f, 5.55073359e-2f), p = fmaf(p, f, 2.40222424e-1f);
+            p = fmaf(p, f, 6.93147004e-1f), p = fmaf(p, f, 1.f);
+            return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+        }
+#endif
+        return decay<SLOT>(delta, rate);
+    }
+
     DEVICE int quad() const { return lane >> 2; }
     DEVICE int part() const { return lane & 3; }
     DEVICE int twist() const { return quad() % TWISTS; }
@@ -77,9 +124,9 @@ struct Backward {
         const int rows = end - start, cols = p.channels - channel0;
         copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.u[stage][0], p.u, batch, start, channel0, rows, cols, lane);
         copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.delta[stage][0], p.delta, batch, start, channel0, rows, cols, lane);
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.dout[stage][0], p.dout, batch, start, channel0, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.dout(stage)[0], p.dout, batch, start, channel0, rows, cols, lane);
 #if HAS_Z
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z[stage][0], p.z, batch, start, channel0, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z(stage)[0], p.z, batch, start, channel0, rows, cols, lane);
 #endif
         copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0], p.B, batch, start, 0, rows, STATES, threadIdx.x);
         copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0] + STATES, p.C, batch, start, 0, rows, STATES, threadIdx.x);
@@ -119,21 +166,50 @@ struct Backward {
         }
     }
 
+    // delta as the recurrence sees it: scaled where a document begins, so that the decay underflows, and 0 (nothing happens) past the end.
+    DEVICE void mark(float (&delta)[PASSES][4], unsigned starts, int valid) const {
+        if (starts == 0 && valid >= TILE) return;
+        const Conversion lanes{lane};
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (starts >> lanes.step(pass) & 1u) delta[pass][i] = fminf(fmaxf(delta[pass][i], START_LEAST), START_MOST) * START_SCALE;
+                if (lanes.step(pass) >= valid) delta[pass][i] = 0.f;
+            }
+    }
+
     DEVICE void prepare(int stage, unsigned starts, int valid) const {
         const Conversion lanes{lane};
         float bias[4], delta[PASSES][4], u[PASSES][4], dy[PASSES][4];
         load<4>(&tile.bias[lanes.channel()], bias);
         lanes.load(tile.delta[stage], delta);
         lanes.load(tile.u[stage], u);
-        lanes.load(tile.dout[stage], dy);
+        lanes.load(tile.dout(stage), dy);
 #if HAS_Z
         float z[PASSES][4];
-        lanes.load(tile.z[stage], z);
-        lanes.gate(dy, z);
+        lanes.load(tile.z(stage), z);
+        __syncwarp();  // all lanes have read what dgate takes the place of
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float gate = sigmoid(z[pass][i]), silu = z[pass][i] * gate;
+                z[pass][i] = dy[pass][i] * fmaf(silu, 1.f - gate, gate);
+                dy[pass][i] *= silu;
+            }
+        lanes.store(tile.dgate(stage), z);
 #endif
+        float dD[4];
+        load<4>(tile.dD[lane], dD);
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) dD[i] = fmaf(dy[pass][i], u[pass][i], dD[i]);
+        store<4>(tile.dD[lane], dD);
         lanes.softplus(delta, bias);
         lanes.multiply(u, delta);
-        lanes.mark(delta, starts, valid);
+        mark(delta, starts, valid);
         lanes.store(tile.time_step, delta);
         lanes.store(tile.input, u);
         lanes.store(tile.dy, dy);
@@ -156,13 +232,25 @@ struct Backward {
                     constexpr int c = decltype(c_)::value;
                     unrolled<NPT>([&](auto n_) {
                         constexpr int n = decltype(n_)::value;
-                        h[c][n] = fmaf(decay<c * NPT + n>(delta[c], rate[c][n]), h[c][n], input[c] * B[n]);
+                        h[c][n] = fmaf(rebuild_decay<c * NPT + n>(delta[c], rate[c][n]), h[c][n], input[c] * B[n]);
                     });
                 });
             }
             store_state(sub, h);
         }
     }
+
+#if TRUNC && SCALAR_TYPE == 1
+    static constexpr float LOSS = 1.f + 3.522e-4f;  // 2^-11 / (2 ln 2): mean of what tf32 cuts off, mantissas being log-uniform
+    DEVICE static void quad_sum(float (&sum)[4], const float (&v)[4], int receiver) {
+        const int quad = (threadIdx.x & 31) >> 2;
+        const unsigned one = __float_as_uint(1.f);
+        const unsigned b0 = quad == 2 * receiver ? one : 0u, b1 = quad == 2 * receiver + 1 ? one : 0u;
+        mma_tf32(sum, __float_as_uint(v[0]), __float_as_uint(v[2]), __float_as_uint(v[1]), __float_as_uint(v[3]), b0, b1);
+    }
+#else
+    static constexpr float LOSS = 1.f;
+#endif
 
     // Adds one step's contributions over the quads of a pair of lanes, of four quads if TWISTS allows; leaves KEPT sums.
     DEVICE void exchange(float (&v)[NPT], float (&kept)[KEPT]) const {
@@ -187,13 +275,13 @@ struct Backward {
         }
     }
 
-    // The steps that a lane received from the quad sums of a group: du, d delta, dz, and the lane's share of dD and dbias.
+    // The steps that a lane received from the quad sums of a group: du, d delta, dz, and the lane's share of dbias. No branches, so that
+    // what comes before and behind mixes with it.
     DEVICE void finish(int stage, int start, int group, int valid, const float (&y)[4], const float (&dinput)[4], const float (&dlog)[4]) const {
         const int channel = own();
-        float D[CPT], dD[CPT], dbias[CPT];
+        float D[CPT], dbias[CPT];
         load<CPT>(&tile.D[channel], D);
-        load<CPT>(tile.sums[0][lane], dD);
-        load<CPT>(tile.sums[1][lane], dbias);
+        load<CPT>(tile.dbias[lane], dbias);
 #pragma unroll
         for (int r = 0; r < STEPS_A_LANE; ++r) {
             const int step = group + part() * STEPS_A_LANE + r;
@@ -202,49 +290,41 @@ struct Backward {
             load<CPT>(&tile.time_step[step][channel], delta);
             load<CPT>(&tile.dy[step][channel], dy);
 #if HAS_Z
-            float z[CPT], dout[CPT], dz[CPT];
-            load<CPT>(&tile.z[stage][step][channel], z);
-            load<CPT>(&tile.dout[stage][step][channel], dout);
+            float dz[CPT];
+            load<CPT>(&tile.dgate(stage)[step][channel], dz);
 #endif
 #if HAS_SEQ
-            if (delta[0] == RESET) {
-                float bias[CPT];
-                load<CPT>(&tile.bias[channel], bias);
-                load<CPT>(&tile.delta[stage][step][channel], delta);
+            const bool starts = delta[0] >= START_SCALE * START_LEAST;
 #pragma unroll
-                for (int c = 0; c < CPT; ++c) delta[c] = softplus(delta[c] + bias[c]);
-            }
+            for (int c = 0; c < CPT; ++c) delta[c] = starts ? delta[c] * (1.f / START_SCALE) : delta[c];
 #endif
 #pragma unroll
             for (int c = 0; c < CPT; ++c) {
                 const int i = r * CPT + c;
-                du[c] = fmaf(dinput[i], delta[c], D[c] * dy[c]);
-                ddelta[c] = fmaf(dinput[i], u[c], dlog[i] * LN2) * softplus_slope(delta[c]);
-                dD[c] = fmaf(dy[c], u[c], dD[c]);
+                const float dx = dinput[i] * LOSS;
+                du[c] = fmaf(dx, delta[c], D[c] * dy[c]);
+                ddelta[c] = fmaf(dx, u[c], dlog[i] * (LN2 * LOSS)) * softplus_slope(delta[c]);
                 dbias[c] += ddelta[c];
 #if HAS_Z
-                const float gate = sigmoid(z[c]);
-                dz[c] = dout[c] * fmaf(D[c], u[c], y[i]) * gate * fmaf(z[c], 1.f - gate, 1.f);
+                dz[c] *= fmaf(D[c], u[c], y[i] * LOSS);
 #endif
             }
-            if (step < valid) {
-                const int first = channel0 + channel;
-                const offset_t row = (offset_t(batch) * p.length + start + step) * p.channels;
-                store_row(p.du + row, first, p.channels, du);
-                store_row(p.ddelta + row, first, p.channels, ddelta);
+            const int first = channel0 + channel;
+            const offset_t row = (offset_t(batch) * p.length + start + step) * p.channels;
+            store_row(p.du + row, first, p.channels, du, step < valid);
+            store_row(p.ddelta + row, first, p.channels, ddelta, step < valid);
 #if HAS_Z
-                store_row(p.dz + row, first, p.channels, dz);
+            store_row(p.dz + row, first, p.channels, dz, step < valid);
 #endif
-            }
         }
-        store<CPT>(tile.sums[0][lane], dD);
-        store<CPT>(tile.sums[1][lane], dbias);
+        store<CPT>(tile.dbias[lane], dbias);
     }
 
     DEVICE void begin_channels() const {
-        const float zero[CPT] = {};
-        store<CPT>(tile.sums[0][lane], zero);
-        store<CPT>(tile.sums[1][lane], zero);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) tile.dD[lane][i] = 0.f;
+#pragma unroll
+        for (int c = 0; c < CPT; ++c) tile.dbias[lane][c] = 0.f;
         for (int c = lane; c < WARP_CHANNELS; c += 32) {
             const bool inside = channel0 + c < p.channels;
             tile.D[c] = p.D != nullptr && inside ? p.D[channel0 + c] : 0.f;
@@ -252,23 +332,48 @@ struct Backward {
         }
     }
 
-    // dD and dbias: the lanes of a quad finished different steps of the same channels.
+    // dD and dbias: lanes that share channels hold sums over different steps.
     DEVICE void end_channels(offset_t row) const {
 #pragma unroll
-        for (int which = 0; which < 2; ++which)
+        for (int c = 0; c < CPT; ++c) {
+            float sum = tile.dbias[lane][c];
+            sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+            sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+            const int channel = channel0 + own() + c;
+            if (part() == 0 && channel < p.channels) p.dbias[row * p.channels + channel] = sum;
+        }
 #pragma unroll
-            for (int c = 0; c < CPT; ++c) {
-                float sum = tile.sums[which][lane][c];
-                sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-                sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-                const int channel = channel0 + own() + c;
-                if (part() == 0 && channel < p.channels) (which ? p.dbias : p.dD)[row * p.channels + channel] = sum;
-            }
+        for (int i = 0; i < 4; ++i) {
+            float sum = tile.dD[lane][i];
+#pragma unroll
+            for (int mask = LANES_A_ROW; mask < 32; mask *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, mask);
+            const int channel = channel0 + lane * 4 + i;
+            if (lane < LANES_A_ROW && channel < p.channels) p.dD[row * p.channels + channel] = sum;
+        }
     }
 
     // Forward over SUB steps: decays, states (h[i] before step i) and what they alone give, C . state and dC.
     DEVICE void ahead(int sub, const float (&rate)[CPT][NPT], float (&a)[SUB][CPT][NPT], float (&h)[SUB + 1][CPT][NPT], float (&y)[4]) const {
-        float parts[4], even[KEPT], odd[KEPT];
+#if LATE
+        load_state(sub, h[0]);
+        unrolled<SUB>([&](auto i_) {
+            constexpr int i = decltype(i_)::value;
+            const int step = sub * SUB + i;
+            float B[NPT], delta[CPT], input[CPT];
+            load<NPT>(&block.B[step][twist()][part() * NPT], B);
+            load<CPT>(&tile.time_step[step][own()], delta);
+            load<CPT>(&tile.input[step][own()], input);
+            unrolled<CPT>([&](auto c_) {
+                constexpr int c = decltype(c_)::value;
+                unrolled<NPT>([&](auto n_) {
+                    constexpr int n = decltype(n_)::value;
+                    a[i][c][n] = decay<c * NPT + n>(delta[c], rate[c][n]);
+                    h[i + 1][c][n] = fmaf(a[i][c][n], h[i][c][n], input[c] * B[n]);
+                });
+            });
+        });
+#else
+        float parts[4], even[KEPT], odd[KEPT], all[QUAD][4];
         load_state(sub, h[0]);
         unrolled<SUB>([&](auto i_) {
             constexpr int i = decltype(i_)::value;
@@ -291,20 +396,32 @@ struct Backward {
                 });
                 parts[i % STEPS_A_LANE * CPT + c] = sum;
             });
-            if constexpr (HAS_Z && i % STEPS_A_LANE == STEPS_A_LANE - 1) quad_sum(y, parts, step % GROUP / STEPS_A_LANE);
+            if constexpr (SHUFFLED) {
+                unrolled<4>([&](auto c_) { all[i][decltype(c_)::value] = parts[decltype(c_)::value]; });
+                if constexpr (HAS_Z && i == SUB - 1) quad_sums(y, all);
+            } else if constexpr (HAS_Z && i % STEPS_A_LANE == STEPS_A_LANE - 1) {
+                quad_sum(y, parts, step % GROUP / STEPS_A_LANE);
+            }
             exchange(dC, i % 2 ? odd : even);
             if constexpr (i % 2) collect(tile.dBC[1], step - 1, even, odd);
         });
+#endif
     }
 
     // Back over SUB steps: the adjoint g, and everything that needs it.
     DEVICE void back(int sub, const float (&rate)[CPT][NPT], const float (&a)[SUB][CPT][NPT], const float (&h)[SUB + 1][CPT][NPT], float (&g)[CPT][NPT],
-                     float (&dA)[CPT][NPT], float (&dinput)[4], float (&dlog)[4]) const {
-        float parts[4], log_parts[4], even[KEPT], odd[KEPT];
+                     float (&dA)[CPT][NPT], float (&y)[4], float (&dinput)[4], float (&dlog)[4]) const {
+        float parts[4], log_parts[4], even[KEPT], odd[KEPT], all[QUAD][4], all_log[QUAD][4];
+#if LATE
+        float y_parts[4], even_C[KEPT], odd_C[KEPT], all_y[QUAD][4];
+#endif
         unrolled<SUB>([&](auto i_) {
             constexpr int i = SUB - 1 - decltype(i_)::value;
             const int step = sub * SUB + i;
             float B[NPT], C[NPT], delta[CPT], input[CPT], dy[CPT], dB[NPT] = {};
+#if LATE
+            float dC[NPT] = {};
+#endif
             load<NPT>(&block.B[step][twist()][part() * NPT], B);
             load<NPT>(&block.C[step][twist()][part() * NPT], C);
             load<CPT>(&tile.time_step[step][own()], delta);
@@ -313,9 +430,16 @@ struct Backward {
             unrolled<CPT>([&](auto c_) {
                 constexpr int c = decltype(c_)::value;
                 float sum = 0.f, log_sum = 0.f;
+#if LATE
+                float y_sum = 0.f;
+#endif
                 unrolled<NPT>([&](auto n_) {
                     constexpr int n = decltype(n_)::value;
                     const float adjoint = fmaf(C[n], dy[c], g[c][n]);
+#if LATE
+                    y_sum = fmaf(C[n], h[i + 1][c][n], y_sum);
+                    dC[n] = fmaf(dy[c], h[i + 1][c][n], dC[n]);
+#endif
                     dB[n] = fmaf(adjoint, input[c], dB[n]);
                     sum = fmaf(adjoint, B[n], sum);
                     g[c][n] = a[i][c][n] * adjoint;
@@ -325,11 +449,36 @@ struct Backward {
                 });
                 parts[i % STEPS_A_LANE * CPT + c] = sum;
                 log_parts[i % STEPS_A_LANE * CPT + c] = log_sum;
+#if LATE
+                y_parts[i % STEPS_A_LANE * CPT + c] = y_sum;
+#endif
             });
-            if constexpr (i % STEPS_A_LANE == 0) {
+            if constexpr (SHUFFLED) {
+                unrolled<4>([&](auto c_) {
+                    constexpr int c = decltype(c_)::value;
+                    all[i][c] = parts[c], all_log[i][c] = log_parts[c];
+#if LATE
+                    all_y[i][c] = y_parts[c];
+#endif
+                });
+                if constexpr (i == 0) {
+                    quad_sums(dinput, all);
+                    quad_sums(dlog, all_log);
+#if LATE
+                    if constexpr (HAS_Z) quad_sums(y, all_y);
+#endif
+                }
+            } else if constexpr (i % STEPS_A_LANE == 0) {
                 quad_sum(dinput, parts, step % GROUP / STEPS_A_LANE);
                 quad_sum(dlog, log_parts, step % GROUP / STEPS_A_LANE);
+#if LATE
+                if constexpr (HAS_Z) quad_sum(y, y_parts, step % GROUP / STEPS_A_LANE);
+#endif
             }
+#if LATE
+            exchange(dC, i % 2 ? odd_C : even_C);
+            if constexpr (i % 2 == 0) collect(tile.dBC[1], step, even_C, odd_C);
+#endif
             exchange(dB, i % 2 ? odd : even);
             if constexpr (i % 2 == 0) collect(tile.dBC[0], step, even, odd);
         });
@@ -361,6 +510,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     extern __shared__ __align__(16) char shared[];
     BackwardBlock& block = *reinterpret_cast<BackwardBlock*>(shared);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, batch = blockIdx.y, segment = blockIdx.z;
+#if SKEW
+    if ((blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)) / 132 & 1) __nanosleep(SKEW);
+#endif
     const Backward scan{p, block, block.warps[warp], batch, (int(blockIdx.x) * WARPS + warp) * WARP_CHANNELS, lane};
     const int begin = segment * p.segments.length, end = min(p.length, begin + p.segments.length);
     const int channel = scan.channel0 + scan.own(), part = scan.part(), twist = scan.twist();
@@ -390,6 +542,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         const int valid = min(TILE, end - start);
         const unsigned starts = documents.mask(start, p.length, lane);
         wait_copies();
+#if SPLIT
+        __syncwarp();
+        scan.prepare(stage, starts, valid);
+#endif
         __syncthreads();
         if (start < last) scan.store_dbc(start + TILE, end);
         if (start > begin) {
@@ -397,9 +553,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             documents.prefetch(p.seq_idx, seq_row, start - TILE, p.length, lane);
         }
         convert_bc(block.bc[stage], block.B, block.C);
+#if !SPLIT
         scan.prepare(stage, starts, valid);
+#endif
         __syncthreads();
         scan.rebuild(rate);
+#if MERGE && LANE_CHANNELS == 4
+        float a[SUB][CPT][NPT], h[SUB + 1][CPT][NPT], y[4] = {0.f, 0.f, 0.f, 0.f};
+        scan.ahead(SUBS - 1, rate, a, h, y);
+#pragma unroll 1
+        for (int sub = SUBS - 1; sub > 0; --sub) {
+            float next_y[4] = {0.f, 0.f, 0.f, 0.f}, dinput[4] = {0.f, 0.f, 0.f, 0.f}, dlog[4] = {0.f, 0.f, 0.f, 0.f};
+            scan.back(sub, rate, a, h, g, dA, y, dinput, dlog);
+            scan.ahead(sub - 1, rate, a, h, next_y);
+            scan.finish(stage, start, sub * SUB, valid, y, dinput, dlog);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) y[i] = next_y[i];
+        }
+        if (start > begin) scan.issue_checkpoint(start - TILE);
+        float dinput[4] = {0.f, 0.f, 0.f, 0.f}, dlog[4] = {0.f, 0.f, 0.f, 0.f};
+        scan.back(0, rate, a, h, g, dA, y, dinput, dlog);
+        scan.finish(stage, start, 0, valid, y, dinput, dlog);
+#else
 #pragma unroll 1
         for (int group = TILE - GROUP; group >= 0; group -= GROUP) {
             float y[4] = {0.f, 0.f, 0.f, 0.f}, dinput[4] = {0.f, 0.f, 0.f, 0.f}, dlog[4] = {0.f, 0.f, 0.f, 0.f};
@@ -408,10 +583,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
                 float a[SUB][CPT][NPT], h[SUB + 1][CPT][NPT];
                 scan.ahead(first / SUB, rate, a, h, y);
                 if (first == 0 && start > begin) scan.issue_checkpoint(start - TILE);
-                scan.back(first / SUB, rate, a, h, g, dA, dinput, dlog);
+                scan.back(first / SUB, rate, a, h, g, dA, y, dinput, dlog);
             }
             scan.finish(stage, start, group, valid, y, dinput, dlog);
         }
+#endif
     }
     __syncthreads();
     scan.store_dbc(begin, end);

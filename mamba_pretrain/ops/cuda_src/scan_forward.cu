@@ -97,7 +97,7 @@ struct Forward {
                 y[c] *= z[r][c] * sigmoid(z[r][c]);
 #endif
             }
-            if (step + r < valid) store_row(p.y + row + r * p.channels, channel0 + channel, p.channels, y);
+            store_row(p.y + row + r * p.channels, channel0 + channel, p.channels, y, step + r < valid);
         }
     }
 

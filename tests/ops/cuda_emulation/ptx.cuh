@@ -191,6 +191,11 @@ inline void wait_copies() {
     lane.committed.clear();
 }
 
+template <int WORDS>
+inline void store_if(bool yes, void* p, const unsigned (&w)[WORDS]) {
+    if (yes) std::memcpy(p, w, sizeof w);
+}
+
 // m16n8k8 as PTX lays it over a warp.
 inline void mma_tf32(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     const unsigned words[] = {a0, a1, a2, a3, b0, b1};

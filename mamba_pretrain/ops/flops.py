@@ -76,23 +76,23 @@ def _(dy: Any, dfinal: Any, x: Any, dt: Any, A: Any, B: Any, *args: Any, out_sha
     return 2 * ssd_scan_flops(x[0] * x[1], x[1], args[-3], x[2], x[3], B[2], B[3])
 
 
-@register_flop_formula(_ops.causal_conv1d_forward)
+@register_flop_formula([_ops.causal_conv1d_forward, _ops.cuda_conv1d_forward])
 def _(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return causal_conv1d_flops(x[0] * x[1], x[2], weight[1])
 
 
-@register_flop_formula(_ops.causal_conv1d_backward)
+@register_flop_formula([_ops.causal_conv1d_backward, _ops.cuda_conv1d_backward])
 def _(dy: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * causal_conv1d_flops(x[0] * x[1], x[2], weight[1])
 
 
-# Kernels take the weight as (taps, channels).
-@register_flop_formula([_ops.c_conv1d_forward, _ops.cuda_conv1d_forward])
+# The C kernels take the weight as (taps, channels).
+@register_flop_formula(_ops.c_conv1d_forward)
 def _(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return causal_conv1d_flops(x[0] * x[1], x[2], weight[0])
 
 
-@register_flop_formula([_ops.c_conv1d_backward, _ops.cuda_conv1d_backward])
+@register_flop_formula(_ops.c_conv1d_backward)
 def _(dy: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * causal_conv1d_flops(x[0] * x[1], x[2], weight[0])
 

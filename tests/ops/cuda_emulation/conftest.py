@@ -27,6 +27,7 @@ PARAMS = {
     "scan_reduce": "ReduceParams",
     "conv_forward": "ConvParams",
     "conv_backward": "ConvParams",
+    "conv_reduce": "ConvReduceParams",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from data_tools.errors import UserError
 from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
 from mamba_pretrain.parallel.engine import Engine
+from mamba_pretrain.parallel.micro_batch_graphs import graphs_unsupported
 from mamba_pretrain.parallel.topology import Topology, strategy_of
 
 
@@ -22,13 +23,7 @@ def build_engine(parallel: ParallelConfig, precision: PrecisionConfig, topology:
 
 
 def check_cuda_graphs(parallel: ParallelConfig, strategy: str, topology: Topology) -> None:
-    """Refuses graphs without a GPU, and where gradients are exchanged during the backward pass.
-
-    A recorded exchange hangs if one process replays it while another, whose recording failed, launches its own.
-    """
-    if parallel.cuda_graphs != "on":
-        return
-    if strategy != "single":
-        raise UserError(f"parallel.cuda_graphs=on needs parallel.strategy=single, not {strategy}; set parallel.cuda_graphs=auto")
-    if topology.device.type != "cuda":
-        raise UserError(f"parallel.cuda_graphs=on needs a CUDA device, not {topology.device.type}; set parallel.cuda_graphs=auto")
+    """Refuses graphs where they cannot be had and the config insists on them."""
+    why = graphs_unsupported(parallel, strategy, topology.device.type) if parallel.cuda_graphs == "on" else None
+    if why is not None:
+        raise UserError(f"parallel.cuda_graphs=on needs {why}; set parallel.cuda_graphs=auto")

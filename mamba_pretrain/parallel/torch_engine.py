@@ -18,7 +18,7 @@ from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.optim.build import Build, set_learning_rate
 from mamba_pretrain.parallel.engine import Engine, SkipIf, StepResult
-from mamba_pretrain.parallel.micro_batch_graphs import CudaRecorder, MicroBatchGraphs, Recorder
+from mamba_pretrain.parallel.micro_batch_graphs import CudaRecorder, MicroBatchGraphs, Recorder, graphs_unsupported
 from mamba_pretrain.parallel.recompute import recompute
 from mamba_pretrain.parallel.sharding import local_part, shard, writes_copy
 
@@ -50,13 +50,14 @@ class TorchEngine(Engine):
         self._scale = float(self.topology.world_size)
         self.optimizer = build_optimizer(self._named)
         self._graphs: MicroBatchGraphs | None = None
-        if self.name == "single" and self.topology.device.type == "cuda" and self.parallel.cuda_graphs != "off":
+        if self.parallel.cuda_graphs != "off" and graphs_unsupported(self.parallel, self.name, self.topology.device.type) is None:
             self.use_graphs(CudaRecorder(self.topology.device))
 
     def use_graphs(self, recorder: Recorder) -> None:
-        """Replays micro-batches from now on, from what ``recorder`` records of them; one process only."""
+        """Replays micro-batches from now on, from what ``recorder`` records of them."""
         parameters = [parameter for _, parameter in self._named]
-        self._graphs = MicroBatchGraphs(self._launched_loss, self._scaled, parameters, self.topology.device, recorder)
+        alone = self.topology.world_size == 1
+        self._graphs = MicroBatchGraphs(self._both_passes, parameters, self.topology.device, recorder, alone)
 
     def _mesh(self) -> DeviceMesh | None:
         kind, world = self.topology.device.type, self.topology.world_size
@@ -75,6 +76,13 @@ class TorchEngine(Engine):
 
     def loss(self, batch: Batch, last: bool) -> Tensor:
         """See ``Engine.loss``."""
+        if self._graphs is not None and (loss := self._graphs.loss(batch, launch=bool(self.watchers))) is not None:
+            return loss
+        self._announce(last)
+        return self._launched_loss(batch)
+
+    def _announce(self, last: bool) -> None:
+        """Tells what shards or replicates the model whether gradients are summed over processes after the next backward pass."""
         if self._sharded:
             root = cast(Any, self.model)
             # Until the step's last micro-batch nothing is reduced, and what is gathered from forward to backward stays so in between.
@@ -84,9 +92,13 @@ class TorchEngine(Engine):
             root.set_reshard_after_backward(last, recurse=False)
         elif isinstance(self._forward, DistributedDataParallel):
             self._forward.require_backward_grad_sync = last
-        elif self._graphs is not None and (loss := self._graphs.loss(batch, launch=bool(self.watchers))) is not None:
-            return loss
-        return self._launched_loss(batch)
+
+    def _both_passes(self, batch: Batch, divisor: Tensor) -> Tensor:
+        """What a recording holds: every one sums its gradients over processes, since it may be a step's last."""
+        self._announce(last=True)
+        loss = self._launched_loss(batch)
+        self._scaled(loss, divisor).backward()
+        return loss.detach()
 
     def _launched_loss(self, batch: Batch) -> Tensor:
         tokens, boundaries, labels = self.inputs(batch)

@@ -11,6 +11,7 @@ bf16 band of each other; weak scaling of FSDP2 from 1 to 2 GPUs at least 95%.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
@@ -22,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_worker import start_processes
+from plan_memory import quick_initialization
 from record import newest, record
 
 MODELS = {
@@ -76,24 +78,36 @@ def run_job(job: dict[str, Any], topology: Any) -> dict[str, Any]:
     config = ModelConfig(**MODELS[job["model"]])
     with torch.device("meta"):
         model = LanguageModel(config)
-    engine = build_engine(ParallelConfig(strategy=job["engine"]), PrecisionConfig(), topology)
-    engine.prepare(model, optimizer_builder(OptimConfig(lr=1e-3), model.parameter_policies()), seed=1)
+    engine = build_engine(ParallelConfig(strategy=job["engine"], **job.get("parallel", {})), PrecisionConfig(), topology)
+    with quick_initialization() if job.get("speed_only") else contextlib.nullcontext():
+        engine.prepare(model, optimizer_builder(OptimConfig(lr=1e-3), model.parameter_policies()), seed=1)
     engine.isolate_documents = False  # a sequence is one document here, so that every kernel can serve
     torch.cuda.reset_peak_memory_stats()
     losses, marks = [], []
+    host = 0.0
     data = [batches(step, topology.rank, topology.world_size, job["rows"], config.vocab_size) for step in range(job["steps"])]
+    # As in training no step waits for the one before; the device's own clock says how long each takes.
     for step, batch in enumerate(data):
-        found = train_step(engine, batch, min(1e-3, 1e-4 * (step + 1)), 1.0)
-        losses.append(float(found.loss))
-        marks.append(time.perf_counter())
-    seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][len(marks) // 4 :]
+        began = time.perf_counter()
+        losses.append(train_step(engine, batch, min(1e-3, 1e-4 * (step + 1)), 1.0).loss)
+        host = time.perf_counter() - began
+        marks.append(torch.cuda.Event(enable_timing=True))
+        marks[-1].record()
+        if step == job["steps"] // 4:
+            torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    milliseconds = [earlier.elapsed_time(later) for earlier, later in itertools.pairwise(marks)][len(marks) // 4 + 1 :]
+    graphs = getattr(engine, "_graphs", None)
     result = {
-        "losses": [round(loss, 5) for loss in losses],
-        "tokens_per_second_per_gpu": round(job["rows"] * LENGTH / statistics.median(seconds)),
+        "losses": [round(float(loss), 5) for loss in losses],
+        "tokens_per_second_per_gpu": round(job["rows"] * LENGTH / statistics.median(milliseconds) * 1e3),
+        "step_ms": round(statistics.median(milliseconds), 2),
+        "last_host_ms": round(1e3 * host, 2),
+        "replayed": graphs is not None and bool(graphs._recordings),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "kernels": {choice.op: choice.name for choice in registry.choices()},
     }
-    del engine, model, found
+    del engine, model, graphs
     gc.collect()
     torch.cuda.empty_cache()
     return result

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from data_tools.errors import UserError
-from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
+from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig, graphs_unsupported
 from mamba_pretrain.parallel.engine import Engine
-from mamba_pretrain.parallel.micro_batch_graphs import graphs_unsupported
 from mamba_pretrain.parallel.topology import Topology, strategy_of
 
 

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+# DDP's reducer and DeepSpeed decide in Python, pass by pass, what they exchange: that cannot be replayed.
+GRAPHED = ("single", "fsdp2", "hsdp")
+
 
 class ParallelConfig(BaseModel):
     """Engine and mesh."""
@@ -22,9 +25,8 @@ class ParallelConfig(BaseModel):
         "none", description="recompute whole blocks, or (selective) all but the scans' and projections' outputs, in the backward pass"
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
-        # Not auto until its tests have passed on a GPU.
-        "off",
-        description="single, on a GPU: record forward and backward pass once and replay them, so that no kernel waits for Python; "
+        "auto",
+        description="single, fsdp2, hsdp on GPUs: record forward and backward pass once and replay them, so that no kernel waits for Python; "
         "auto: where possible",
     )
     reduce_dtype: Literal["fp32", "bf16"] = Field(
@@ -50,3 +52,14 @@ class PrecisionConfig(BaseModel):
     compute: Literal["bf16", "fp32"] = Field(
         "bf16", description="dtype of matmuls; A_log, D, dt_bias and norm weights are used in fp32 always"
     )
+
+
+def graphs_unsupported(parallel: ParallelConfig, strategy: str, device: str) -> str | None:
+    """What CUDA graphs need and this run has not, in words, or None."""
+    if strategy not in GRAPHED:
+        return f"parallel.strategy={', '.join(GRAPHED[:-1])} or {GRAPHED[-1]}, not {strategy}"
+    if device != "cuda":
+        return f"a CUDA device, not {device}"
+    if parallel.cpu_offload:
+        return "gradients that stay on the GPU, not parallel.cpu_offload=true"
+    return None

@@ -26,7 +26,6 @@ from data_tools.errors import UserError
 
 if TYPE_CHECKING:
     from mamba_pretrain.data.batch import Batch
-    from mamba_pretrain.parallel.config import ParallelConfig
 
 log = logging.getLogger(__name__)
 
@@ -34,22 +33,8 @@ log = logging.getLogger(__name__)
 MAX_SHAPES = 4
 _INPUTS = ("tokens", "labels", "seq_idx", "positions")
 
-# DDP's reducer and DeepSpeed decide in Python, pass by pass, what they exchange: that cannot be replayed.
-STRATEGIES = ("single", "fsdp2", "hsdp")
-
 Replay = Callable[[], None]
 Key = tuple[tuple[int, ...], bool]  # shape of the batch, and whether the graph overwrites the gradients (or adds to them)
-
-
-def graphs_unsupported(parallel: ParallelConfig, strategy: str, device: str) -> str | None:
-    """What recordings need and this run has not, in words, or None."""
-    if strategy not in STRATEGIES:
-        return f"parallel.strategy={', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}, not {strategy}"
-    if device != "cuda":
-        return f"a CUDA device, not {device}"
-    if parallel.cpu_offload:
-        return "gradients that stay on the GPU, not parallel.cpu_offload=true"
-    return None
 
 
 class Recorder(Protocol):

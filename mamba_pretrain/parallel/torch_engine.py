@@ -17,8 +17,9 @@ from mamba_pretrain.checkpoint.portable import Reader, Segment, check_moments, c
 from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.optim.build import Build, set_learning_rate
+from mamba_pretrain.parallel.config import graphs_unsupported
 from mamba_pretrain.parallel.engine import Engine, SkipIf, StepResult
-from mamba_pretrain.parallel.micro_batch_graphs import CudaRecorder, MicroBatchGraphs, Recorder, graphs_unsupported
+from mamba_pretrain.parallel.micro_batch_graphs import CudaRecorder, MicroBatchGraphs, Recorder
 from mamba_pretrain.parallel.recompute import recompute
 from mamba_pretrain.parallel.sharding import local_part, shard, writes_copy
 
@@ -78,7 +79,8 @@ class TorchEngine(Engine):
         """See ``Engine.loss``."""
         if self._graphs is not None and (loss := self._graphs.loss(batch, launch=bool(self.watchers))) is not None:
             return loss
-        self._announce(last)
+        # A launched step among recorded ones sums where they do: same numbers, same memory.
+        self._announce(last or self._graphs is not None)
         return self._launched_loss(batch)
 
     def _announce(self, last: bool) -> None:

@@ -107,11 +107,12 @@ def estimate(
     """The worst moment of a training step.
 
     ``accumulation``: micro-batches per step; with more than one, gradients already exist during the forward pass. ``moments_bytes``:
-    optimizer state per parameter (AdamW 8, 8-bit AdamW about 2). ``kept_gradients``: CUDA graphs keep their gradients' memory between steps.
+    optimizer state per parameter (AdamW 8, 8-bit AdamW about 2). ``kept_gradients``: CUDA graphs keep their gradients' memory between steps,
+    and sum them over processes with every micro-batch.
     """
     options = options or Options()
     costs: dict[str, BlockCost] = {mixer: block_cost(config, mixer, micro_batch, length, options) for mixer in set(config.layer_mixers)}
-    timeline = _Timeline(config, shape, split, costs, micro_batch, length, accumulation > 1 or kept_gradients, options, moments_bytes)
+    timeline = _Timeline(config, shape, split, costs, micro_batch, length, accumulation > 1, kept_gradients, options, moments_bytes)
     worst = max(timeline.moments(), key=lambda moment: moment.peak)
     by_mixer: dict[str, float] = {}
     for mixer, cost in zip(config.layer_mixers, timeline.costs, strict=True):
@@ -131,6 +132,7 @@ class _Timeline:
         micro_batch: int,
         length: int,
         accumulating: bool,
+        kept_gradients: bool,
         options: Options,
         moments_bytes: float,
     ) -> None:
@@ -142,7 +144,7 @@ class _Timeline:
         if mixed and self.gathers:
             # Autograd keeps autocast's bf16 copies of the weights; FSDP2 frees its gathered ones after the block's forward pass.
             self.costs = [replace(c, saved=max(0.0, c.saved - BF16 * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
-        self.accumulating = accumulating
+        self.accumulating, self.kept_gradients = accumulating, kept_gradients
         # Autocast caches its bf16 copies of the weights until the forward pass ends, also where recomputation keeps nothing else.
         self.casts = float(BF16 * sum(shape.blocks)) if mixed and options.recompute != "none" and not self.gathers else 0.0
         self.base = {
@@ -207,7 +209,9 @@ class _Timeline:
     def _moment(
         self, name: str, saved: float, gradients: float = 0.0, working: float = 0.0, extra: dict[str, float] | None = None
     ) -> Memory:
-        if self.accumulating:
+        if self.kept_gradients:
+            gradients = self._gradients(self.shape.total)
+        elif self.accumulating:
             # FSDP reduces with the last micro-batch only: until then a rank keeps whole gradients.
             gradients = float(FP32 * self.shape.total) if self.gathers else self._gradients(self.shape.total)
         parts = {**self.base, "gradients": gradients, "activations": saved, "working": working, **(extra or {})}

@@ -91,15 +91,23 @@ def run_jobs(world_size: int, jobs: list[Job], folder: Path, timeout: float = 60
     return results
 
 
-def start_processes(world_size: int, command: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Starts ``python COMMAND`` once per rank with torchrun's variables, output in ``folder/rank-R.log``."""
+def start_processes(
+    world_size: int, command: list[str], folder: Path, environment: dict[str, str] | None = None
+) -> list[subprocess.Popen[bytes]]:
+    """Starts ``python COMMAND`` once per rank with torchrun's variables (and others), output in ``folder/rank-R.log``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
     for rank in range(world_size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
+        variables = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            **{k: str(v) for k, v in place.items()},
+            **(environment or {}),
+        }
         with (folder / f"rank-{rank}.log").open("wb") as log:
             processes.append(subprocess.Popen([sys.executable, *command], env=variables, stdout=log, stderr=subprocess.STDOUT))
     return processes

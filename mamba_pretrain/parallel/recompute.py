@@ -11,12 +11,10 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from mamba_pretrain.models.language_model import LanguageModel
 
-# Kept under `selective`: results of matmuls, scans and attention, by the beginning of the operator's name. Convolutions, norms, gates, activations
+# Kept under `selective`: results of large matmuls, scans and attention, by the beginning of the operator's name. Convolutions, norms, gates, activations
 # and casts are bound by memory traffic, not arithmetic: they are computed again. A kernel that is no PyTorch operator (mamba_ssm's) cannot be
 # told apart and is computed again too.
 EXPENSIVE = (
-    "aten::mm",
-    "aten::addmm",
     "aten::_scaled_dot_product",
     "mamba_pretrain::selective_scan",
     "mamba_pretrain::ssd_scan",
@@ -24,6 +22,9 @@ EXPENSIVE = (
     "mamba_pretrain::c_ssd",
     "mamba_pretrain::cuda_scan",
 )
+# A product whose inner dimension is shorter costs its result's traffic, not arithmetic: no GPU does more operations in the time of writing a number.
+# Mamba-1's dt_proj is one: d_inner outputs from a rank of d_model / 16.
+SHORTEST_INNER = 256
 
 
 def recompute(model: LanguageModel, mode: str) -> None:
@@ -40,4 +41,7 @@ def recompute(model: LanguageModel, mode: str) -> None:
 
 def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
     name = operation.name() if isinstance(operation, torch._ops.OpOverload) else str(operation)
-    return CheckpointPolicy.MUST_SAVE if name.startswith(EXPENSIVE) else CheckpointPolicy.PREFER_RECOMPUTE
+    expensive = name.startswith(EXPENSIVE)
+    if name in ("aten::mm", "aten::addmm"):
+        expensive = arguments[-1].shape[0] >= SHORTEST_INNER
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE

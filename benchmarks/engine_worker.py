@@ -223,6 +223,8 @@ def run_job(job: Job, topology: Topology) -> dict[str, Any]:
     result["evaluated"] = float(all_reduce_sum(evaluated))
     result["dtypes"] = {kind: sorted(dtypes) for kind, dtypes in seen.items()}
     result["final"] = digest(engine.full_state_dict())
+    graphs = getattr(engine, "_graphs", None)
+    result["recorded"] = len(graphs._recordings) if graphs is not None else 0
     return result
 
 

@@ -21,8 +21,10 @@ class ParallelConfig(BaseModel):
     )
     hsdp_shard_size: int | None = Field(None, ge=1, description="hsdp: processes that share one copy; empty: those of one node")
     reshard_after_forward: bool = Field(True, description="fsdp2, hsdp: free gathered weights between forward and backward (less memory)")
-    activation_checkpointing: Literal["none", "block", "selective"] = Field(
-        "none", description="recompute whole blocks, or (selective) all but the scans' and projections' outputs, in the backward pass"
+    activation_checkpointing: Literal["none", "selective", "projections", "block"] = Field(
+        "none",
+        description="recompute in the backward pass: selective all but the scans' and projections' outputs, projections all but theirs, "
+        "block whole blocks",
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         "auto",

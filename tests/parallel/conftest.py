@@ -62,7 +62,7 @@ def two(worker, job, runs, single):
     jobs += [job(f"{e}-hybrid", e, 2, model="hybrid", steps=8, save=str(runs / f"{e}-2"), save_at=3) for e in ENGINES]
     jobs += [job(f"{e}-{m}-bf16", e, 2, model=m, steps=2, compute="bf16") for e in ENGINES for m in MODELS]
     jobs += [job(f"{e}-skip", e, 2, model="hybrid", steps=4, skip=[0, 2]) for e in ENGINES]
-    for mode in ("block", "selective"):
+    for mode in ("block", "selective", "projections"):
         parallel = {"activation_checkpointing": mode}
         jobs += [job(f"{e}-{mode}", e, 2, model="hybrid", steps=2, parallel=parallel) for e in ("ddp", "fsdp2", "zero2", "zero3")]
     jobs += [job(f"{e}-offload", e, 2, model="hybrid", steps=3, parallel={"cpu_offload": True}) for e in ("fsdp2", "zero2", "zero3")]

@@ -75,7 +75,7 @@ def test_a_skipped_step_leaves_no_trace(single, two, engine):
     assert close(run["norms"], single["skip"]["norms"], FP32)
 
 
-@pytest.mark.parametrize("mode", ["block", "selective"])
+@pytest.mark.parametrize("mode", ["block", "selective", "projections"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_recomputing_changes_nothing(single, two, engine, mode):
     assert close(two[f"{engine}-{mode}"]["losses"], single["hybrid"]["losses"], FP32)

@@ -116,6 +116,11 @@ def test_stand_ins_leave_no_trace_in_the_registry() -> None:
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2", "attention"])
 def test_selective_recomputation_keeps_more_than_inputs(mixer: str) -> None:
     config = ModelConfig(mixer=mixer, d_model=256, n_layer=1, vocab_size=256)
-    selective, block = (block_cost(config, mixer, 2, 1024, Options(recompute=r)) for r in ("selective", "block"))
-    assert selective.saved > block.saved
-    assert selective.backward < block.backward
+    modes = ("none", "selective", "projections", "block")
+    none, selective, projections, block = (block_cost(config, mixer, 2, 1024, Options(recompute=mode)) for mode in modes)
+    assert none.saved > selective.saved > block.saved
+    assert none.backward < selective.backward < block.backward
+    if mixer == "attention":
+        assert projections == selective
+    else:
+        assert selective.saved > projections.saved > block.saved

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-# DDP's reducer and DeepSpeed decide in Python, pass by pass, what they exchange: that cannot be replayed.
-GRAPHED = ("single", "fsdp2", "hsdp")
+# DeepSpeed decides in Python, pass by pass, what it exchanges: that cannot be replayed.
+GRAPHED = ("single", "ddp", "fsdp2", "hsdp")
 
 
 class ParallelConfig(BaseModel):
@@ -28,7 +28,7 @@ class ParallelConfig(BaseModel):
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="single, fsdp2, hsdp on GPUs: record forward and backward pass once and replay them, so that no kernel waits for Python; "
+        description="single, ddp, fsdp2, hsdp on GPUs: record forward and backward pass once and replay them, so that no kernel waits for Python; "
         "auto: where possible",
     )
     reduce_dtype: Literal["fp32", "bf16"] = Field(

@@ -242,7 +242,7 @@ def test_passes_out_of_order_are_refused(make, worker):
 @pytest.mark.parametrize(
     ("strategy", "device", "words"),
     [
-        ("ddp", "cuda", "not ddp"),
+        ("zero3", "cuda", "not zero3"),
         ("zero1", "cuda", "not zero1"),
         ("single", "cpu", "not cpu"),
     ],

@@ -1,4 +1,4 @@
-"""Sharded training replayed from CUDA graphs, collectives included, gives what it gives launched kernel by kernel: on two GPUs."""
+"""Sharded and replicated training replayed from CUDA graphs, collectives included, gives what it gives launched kernel by kernel: on two GPUs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 pytestmark = pytest.mark.gpu
 
 CASES = {
+    "ddp": ("ddp", {}),
     "fsdp2": ("fsdp2", {}),
     "fsdp2-kept": ("fsdp2", {"reshard_after_forward": False}),
     "fsdp2-bf16-sums": ("fsdp2", {"reduce_dtype": "bf16"}),

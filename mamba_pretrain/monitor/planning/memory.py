@@ -163,7 +163,7 @@ class _Timeline:
         """Buffers: gathered weights of the blocks in flight, gradients on their way, DeepSpeed's buckets."""
         strategy = self.split.strategy
         if self.split.world == 1 or strategy in ("single", "ddp"):
-            return 0.0  # DDP's buckets are the gradients themselves (gradient_as_bucket_view)
+            return 0.0  # gradients are summed where they lie
         largest = max(self.shape.blocks, default=0)
         if strategy in ("fsdp2", "hsdp"):
             # Two blocks gathered, one block's gradients in fp32; the root group (embedding) stays gathered, with its gradient.

@@ -17,6 +17,8 @@ from mamba_pretrain.models.language_model import LanguageModel
 EXPENSIVE = (
     "aten::mm",
     "aten::addmm",
+    "aten::_scaled_mm",
+    "mamba_pretrain::fp8_matmul",
     "aten::_scaled_dot_product",
     "mamba_pretrain::selective_scan",
     "mamba_pretrain::ssd_scan",

@@ -44,6 +44,16 @@ def test_bf16_differs_from_fp32(single, model):
     assert single[f"{model}-bf16"]["losses"] != single[model]["losses"][:2]
 
 
+@pytest.mark.parametrize("fp8", ["tensorwise", "rowwise", "blockwise"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fp8_is_the_same_in_every_engine(single, two, engine, fp8):
+    run, reference = two[f"{engine}-{fp8}"], single[f"fp8-{fp8}"]
+    assert close(run["losses"], reference["losses"], BF16)
+    assert close(run["norms"], reference["norms"], 10 * BF16)
+    assert run["dtypes"] == {"delicate": ["torch.float32"], "projected": ["torch.bfloat16"]}
+    assert reference["losses"] != single["fp8-off"]["losses"]
+
+
 @pytest.mark.parametrize("model", ["mamba1", "hybrid"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_three_processes_with_uneven_shards(single, three, engine, model):

@@ -157,6 +157,9 @@ def show_micro(rows: list[dict[str, Any]]) -> None:
     """Prints it."""
     for row in rows:
         base = row["off"]
+        if "error" in base:
+            print(f"{row['shape']}: bf16: {base['error']}")
+            continue
         print(f"{row['shape']}: forward and backward bf16 {base['both_ms']:.3f} ms, of which matmuls {sum(base['matmuls'].values()):.3f}")
         for name, found in row.items():
             if name == "shape":
@@ -207,9 +210,9 @@ def setting_of(name: str, batch: int, fp8: str, cuda_graphs: str, **more: Any) -
     return train_step.Setting(name, config, batch, LENGTH, cuda_graphs=cuda_graphs, fp8=fp8, **more)
 
 
-def step_row(fp8: str, cuda_graphs: str, steps: int) -> dict[str, Any]:
+def step_row(fp8: str, cuda_graphs: str, steps: int, batch: int) -> dict[str, Any]:
     """Time and memory of whole training steps; weights are drawn on the GPU."""
-    setting = setting_of(STEP_MODEL, STEP_BATCH, fp8, cuda_graphs)
+    setting = setting_of(STEP_MODEL, batch, fp8, cuda_graphs)
     torch.manual_seed(1)
     with quick_initialization():
         step = train_step.ours(setting)
@@ -225,7 +228,8 @@ def step_row(fp8: str, cuda_graphs: str, steps: int) -> dict[str, Any]:
     median = statistics.median(a.elapsed_time(b) for a, b in events[WARM_UP:])
     return {
         "step_ms": median,
-        "tokens_per_second": STEP_BATCH * LENGTH / median * 1e3,
+        "batch": batch,
+        "tokens_per_second": batch * LENGTH / median * 1e3,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         "losses": [round(float(loss), 5) for loss in losses],
     }
@@ -275,19 +279,20 @@ def check(result: dict[str, Any]) -> list[str]:
     if "micro" in result:
         show_micro(result["micro"])
     speedups, differences = {}, {}
+    base = result.get("step", {}).get("off", {}).get("step_ms", float("nan"))
     for name, found in result.get("step", {}).items():
         if "error" in found:
             print(f"{STEP_MODEL} fp8 {name:11} {found['error']}")
             continue
-        speedups[name] = result["step"]["off"]["step_ms"] / found["step_ms"]
+        speedups[name] = base / found["step_ms"]
         print(
-            f"{STEP_MODEL} batch {STEP_BATCH}, fp8 {name:11} {found['step_ms']:7.1f} ms {found['tokens_per_second']:>9,.0f} tokens/s "
+            f"{STEP_MODEL} batch {found['batch']}, fp8 {name:11} {found['step_ms']:7.1f} ms {found['tokens_per_second']:>9,.0f} tokens/s "
             f"{found['peak_gb']:5.1f} GB  {speedups[name]:.3f}x"
         )
     losses = result.get("parity", {}).get("losses", {})
     for name, found in losses.items():
-        if "error" in found:
-            print(f"{PARITY_MODEL} fp8 {name:11} {found['error']}")
+        if "error" in found or "error" in losses["off"]:
+            print(f"{PARITY_MODEL} fp8 {name:11} {found['error'] if 'error' in found else 'bf16 failed'}")
             continue
         differences[name] = difference(losses, name)
         print(
@@ -308,6 +313,7 @@ def main() -> None:
     parser.add_argument("--parts", default="micro,step,parity")
     parser.add_argument("--recipes", default="tensorwise,rowwise,blockwise")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
+    parser.add_argument("--batch", type=int, default=STEP_BATCH, help="sequences of the timed steps")
     parser.add_argument("--parity-steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the trainings whose losses are compared")
     parser.add_argument("--cuda-graphs", default="off", choices=["auto", "on", "off"])
@@ -324,7 +330,7 @@ def main() -> None:
     growing, result = Growing("fp8", arguments.output), {"cuda_graphs": graphs}
     work = {
         "micro": lambda: micro(recipes),
-        "step": lambda: {name: attempt(step_row, name, graphs, arguments.steps) for name in ("off", *recipes)},
+        "step": lambda: {name: attempt(step_row, name, graphs, arguments.steps, arguments.batch) for name in ("off", *recipes)},
         "parity": lambda: parity(recipes, graphs, arguments.parity_steps, arguments.lr),
     }
     for part in arguments.parts.split(","):

@@ -291,8 +291,9 @@ def check(result: dict[str, Any]) -> list[str]:
         )
     losses = result.get("parity", {}).get("losses", {})
     for name, found in losses.items():
-        if "error" in found or "error" in losses["off"]:
-            print(f"{PARITY_MODEL} fp8 {name:11} {found['error'] if 'error' in found else 'bf16 failed'}")
+        failure = next((run["error"] for run in (found, losses["off"]) if "error" in run), None)
+        if failure is not None:
+            print(f"{PARITY_MODEL} fp8 {name:11} {failure}")
             continue
         differences[name] = difference(losses, name)
         print(

@@ -42,6 +42,18 @@ TINY: dict[str, dict[str, Any]] = {
         "d_intermediate": 40,
         "tie_word_embeddings": False,
     },
+    # All widths of projections are multiples of 16, as FP8 needs them.
+    "aligned": {
+        "pattern": "mamba1, mamba2, attention",
+        "vocab_size": 301,
+        "d_model": 32,
+        "n_layer": 3,
+        "d_state": 8,
+        "headdim": 4,
+        "chunk_size": 16,
+        "n_head": 2,
+        "d_intermediate": 48,
+    },
 }
 GLOBAL_BATCH, LENGTH = 12, 32  # 12 sequences divide among 1, 2, 3 and 4 processes
 
@@ -54,6 +66,7 @@ class Job:
     engine: str
     model: str = "mamba1"
     compute: str = "fp32"
+    fp8: str = "off"
     steps: int = 20
     first: int = 0
     micro: int = 1
@@ -163,7 +176,7 @@ def build(job: Job, topology: Topology) -> tuple[Engine, LanguageModel, set[str]
         model = LanguageModel(ModelConfig(**TINY[job.model]))
     policies = model.parameter_policies()
     parallel = ParallelConfig(strategy=job.engine, **job.parallel)  # type: ignore[arg-type]
-    engine = build_engine(parallel, PrecisionConfig(compute=job.compute), topology)  # type: ignore[arg-type]
+    engine = build_engine(parallel, PrecisionConfig(compute=job.compute, fp8=job.fp8), topology)  # type: ignore[arg-type]
     engine.prepare(model, optimizer_builder(OptimConfig(lr=1e-2, **job.optim), policies), seed=7)
     return engine, model, {name for name, policy in policies.items() if policy.fp32}
 

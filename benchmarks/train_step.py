@@ -61,6 +61,7 @@ class Setting:
     lr: float = 3e-4
     warmup: int = 100
     cuda_graphs: Any = "auto"  # ours: auto | on | off
+    fp8: Any = "off"  # ours: off | tensorwise | rowwise | blockwise
 
     def rate(self, step: int) -> float:
         """The learning rate of a step (from 0): without warm-up training is unstable, and rounding alone drives losses apart."""
@@ -90,7 +91,7 @@ def ours(setting: Setting) -> Step:
     with torch.device("meta"):
         model = LanguageModel(setting.config)
     parallel = ParallelConfig(strategy="single", cuda_graphs=setting.cuda_graphs)
-    engine = build_engine(parallel, PrecisionConfig(compute="bf16"), topology.initialize(parallel))
+    engine = build_engine(parallel, PrecisionConfig(compute="bf16", fp8=setting.fp8), topology.initialize(parallel))
     optim = OptimConfig(lr=setting.lr, schedule={"name": "constant", "warmup_fraction": 0.0})
     engine.prepare(model, optimizer_builder(optim, model.parameter_policies()), seed=1)
     shape = (setting.batch, setting.length)

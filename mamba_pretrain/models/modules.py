@@ -14,6 +14,7 @@ from mamba_pretrain.models.mixer import ParameterPolicy, State
 from mamba_pretrain.models.step import conv_step
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d
 from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
+from mamba_pretrain.ops.fp8 import Recipe
 from mamba_pretrain.ops.projection import project, project_beside, project_parts
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
 
@@ -23,13 +24,17 @@ Policies = dict[str, ParameterPolicy]
 class Projection(nn.Linear):
     """A linear layer whose backward pass makes no extra pass over memory; see ``ops/projection.py``."""
 
+    recipe: Recipe | None = None  # of FP8, see ``models/fp8.py``
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (b, l, in) to (b, l, out)."""
-        return project(x, self.weight, self.bias)
+        return project(x, self.weight, self.bias, self.recipe)
 
 
 class SplitProjection(nn.Linear):
     """A projection whose output is used in parts of the given widths."""
+
+    recipe: Recipe | None = None
 
     def __init__(self, in_features: int, widths: Sequence[int], bias: bool) -> None:
         super().__init__(in_features, sum(widths), bias=bias)
@@ -37,7 +42,7 @@ class SplitProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """``x`` (b, l, in) to parts (b, l, width)."""
-        return project_parts(x, self.weight, self.bias, self.widths)
+        return project_parts(x, self.weight, self.bias, self.widths, self.recipe)
 
 
 class SideProjection(nn.Linear):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # DeepSpeed decides in Python, pass by pass, what it exchanges: that cannot be replayed.
 GRAPHED = ("single", "ddp", "fsdp2", "hsdp")
@@ -42,8 +42,7 @@ class ParallelConfig(BaseModel):
     @field_validator("cuda_graphs", mode="before")
     @classmethod
     def _word(cls, value: Any) -> Any:
-        """YAML reads a bare ``on`` and ``off`` as true and false."""
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+        return _on_or_off(value)
 
 
 class PrecisionConfig(BaseModel):
@@ -54,6 +53,22 @@ class PrecisionConfig(BaseModel):
     compute: Literal["bf16", "fp32"] = Field(
         "bf16", description="dtype of matmuls; A_log, D, dt_bias and norm weights are used in fp32 always"
     )
+    fp8: Literal["off", "tensorwise", "rowwise", "blockwise"] = Field(
+        "off",
+        description="8-bit matmuls in in_proj, out_proj, qkv_proj and the MLP (training only; not head, x_proj, dt_proj), with one scale per "
+        "tensor, per row, or per 128 values of a row (Hopper only); needs compute=bf16",
+    )
+
+    @field_validator("fp8", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return _on_or_off(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> PrecisionConfig:
+        if self.fp8 != "off" and self.compute != "bf16":
+            raise ValueError(f"fp8={self.fp8} replaces matmuls in bf16; set compute=bf16 or fp8=off")
+        return self
 
 
 def graphs_unsupported(parallel: ParallelConfig, strategy: str, device: str) -> str | None:
@@ -65,3 +80,8 @@ def graphs_unsupported(parallel: ParallelConfig, strategy: str, device: str) -> 
     if parallel.cpu_offload:
         return "gradients that stay on the GPU, not parallel.cpu_offload=true"
     return None
+
+
+def _on_or_off(value: Any) -> Any:
+    """YAML reads a bare ``on`` and ``off`` as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value

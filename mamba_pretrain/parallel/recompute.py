@@ -14,7 +14,7 @@ from mamba_pretrain.models.language_model import LanguageModel
 # Kept beside a block's inputs, by the beginning of the operator's name. Everything else is bound by memory traffic, not arithmetic, and is computed
 # again: convolutions, norms, gates, activations, casts. A kernel that is no PyTorch operator (mamba_ssm's) cannot be told apart and is computed
 # again too.
-PROJECTIONS = ("aten::mm", "aten::addmm", "aten::_scaled_dot_product")
+PROJECTIONS = ("aten::mm", "aten::addmm", "aten::_scaled_mm", "mamba_pretrain::fp8_matmul", "aten::_scaled_dot_product")
 SCANS = (
     "mamba_pretrain::selective_scan",
     "mamba_pretrain::ssd_scan",

@@ -36,6 +36,7 @@ class TorchEngine(Engine):
     def prepare(self, model: LanguageModel, build_optimizer: Build, seed: int) -> None:
         """See ``Engine.prepare``."""
         self.model = model
+        self.lower_projections(model)
         recompute(model, self.parallel.activation_checkpointing)
         mesh = self._mesh()
         if mesh is not None:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 from mamba_pretrain.models.block import Block
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
+from mamba_pretrain.models.fp8 import use_fp8
 from mamba_pretrain.monitor.planning import kernels
 from mamba_pretrain.parallel.recompute import checkpoint_options, policy_of
 
@@ -92,12 +93,14 @@ class Options:
 
     ``compute``: autocast dtype, None for plain fp32. ``recompute``: none, selective, projections or block, as parallel.activation_checkpointing.
     ``fused``: GPU kernels (their stand-ins), not this machine's reference implementations. ``packed``: document boundaries are given.
+    ``fp8``: as precision.fp8.
     """
 
     compute: torch.dtype | None = torch.bfloat16
     recompute: str = "none"
     fused: bool = True
     packed: bool = True
+    fp8: str = "off"
 
 
 @functools.lru_cache(maxsize=512)
@@ -105,6 +108,8 @@ def _measure(config_json: str, mixer: str, batch: int, length: int, options: Opt
     config = ModelConfig.model_validate_json(config_json)
     with _quiet(), FakeTensorMode(), kernels.stand_ins() if options.fused else contextlib.nullcontext():
         block = Block(config, mixer)
+        if options.fp8 != "off":
+            use_fp8(block, options.fp8)
         return measure_block(block, config.d_model, batch, length, options)
 
 

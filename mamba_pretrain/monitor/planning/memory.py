@@ -15,7 +15,7 @@ from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.monitor.planning.activations import BlockCost, Options, block_cost
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
-FP32, BF16 = 4, 2
+FP32, BF16, FP8 = 4, 2, 1
 ADAM_MOMENTS = 2 * FP32
 # Elements of a chunk of logits in ops/cross_entropy.py on CUDA. The Triton loss turns them into their gradient in place; the reference
 # holds log-probabilities (fp32) and gradients beside them.
@@ -142,8 +142,9 @@ class _Timeline:
         self.costs = [costs[mixer] for mixer in config.layer_mixers]
         self.gathers = split.strategy in ("fsdp2", "hsdp") and split.world > 1
         if mixed and self.gathers:
-            # Autograd keeps autocast's bf16 copies of the weights; FSDP2 frees its gathered ones after the block's forward pass.
-            self.costs = [replace(c, saved=max(0.0, c.saved - BF16 * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
+            # Autograd keeps autocast's bf16 copies of the weights, or FP8 ones; FSDP2 frees its gathered ones after the block's forward pass.
+            copied = BF16 if options.fp8 == "off" else FP8
+            self.costs = [replace(c, saved=max(0.0, c.saved - copied * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
         self.accumulating, self.kept_gradients = accumulating, kept_gradients
         # Autocast caches its bf16 copies of the weights until the forward pass ends, also where recomputation keeps nothing else.
         self.casts = float(BF16 * sum(shape.blocks)) if mixed and options.recompute != "none" and not self.gathers else 0.0

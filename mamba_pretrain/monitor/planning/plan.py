@@ -112,7 +112,7 @@ class Planner:
     def memory_of(self, strategy: str, micro_batch: int, recompute: str) -> memory.Memory:
         """Memory of one GPU."""
         split = self.split(strategy)
-        options = Options(self.compute, recompute, fused=self.machine.device != "cpu")
+        options = Options(self.compute, recompute, fused=self.machine.device != "cpu", fp8=self.config.precision.fp8)
         moments = 2.0 if self.config.optim.name == "adamw8bit" else memory.ADAM_MOMENTS
         parallel = self.config.parallel
         graphs = parallel.cuda_graphs != "off" and graphs_unsupported(parallel, strategy, "cuda" if options.fused else "cpu") is None

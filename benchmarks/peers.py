@@ -98,7 +98,7 @@ def mamba_ssm(setting: Setting) -> Step:
 
     config = padded(setting.config)
     model = MambaLMHeadModel(MambaConfig(**format.to_mamba_ssm(config)), device=setting.device)
-    _load(model, setting, format.table_for(config))
+    load(model, setting, format.table_for(config))
     return plain_step(model, lambda tokens, targets: cross_entropy(model(tokens).logits, targets), setting)
 
 
@@ -113,7 +113,7 @@ def fla(setting: Setting, fuse: str = "cross_entropy") -> Step:
     keys = fla_keys(config) | {"fuse_cross_entropy": fuse == "cross_entropy", "fuse_linear_cross_entropy": fuse == "linear_cross_entropy"}
     with torch.device(setting.device):
         model = MambaForCausalLM(MambaConfig(**keys)) if "dt_rank" in keys else Mamba2ForCausalLM(Mamba2Config(**keys))
-    _load(model, setting, hf.table_for(config))
+    load(model, setting, hf.table_for(config))
 
     def loss(tokens: Tensor, targets: Tensor) -> Tensor:
         # What its `forward` does, with targets that are shifted already: it would leave out each row's last one.
@@ -151,7 +151,7 @@ def fla_keys(config: Any) -> dict[str, Any]:
 
 def transformers(setting: Setting) -> Step:
     """transformers' model, which uses mamba_ssm's kernels where they are installed."""
-    model = _transformers_model(setting)
+    model = transformers_model(setting)
     return plain_step(model, lambda tokens, targets: cross_entropy(model(tokens, use_cache=False).logits, targets), setting)
 
 
@@ -160,7 +160,7 @@ def transformers_liger(setting: Setting) -> Step:
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
     from liger_kernel.transformers.rms_norm import LigerRMSNorm
 
-    model = _transformers_model(setting)
+    model = transformers_model(setting)
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
             if type(norm).__name__ in ("MambaRMSNorm", "Mamba2RMSNorm", "BambaRMSNorm"):
@@ -176,7 +176,8 @@ def transformers_liger(setting: Setting) -> Step:
     return plain_step(model, loss, setting)
 
 
-def _transformers_model(setting: Setting) -> Any:
+def transformers_model(setting: Any) -> Any:
+    """transformers' model of a setting, in fp32."""
     import transformers
 
     from mamba_pretrain.models import hf
@@ -189,7 +190,7 @@ def _transformers_model(setting: Setting) -> Any:
     keys = {key: value for key, value in hf.to_transformers(config).items() if key != "padded_vocab_size"}
     with torch.device(setting.device):
         model = of_model._from_config(of_model.config_class(**keys, use_cache=False))
-    _load(model, setting, hf.table_for(config))
+    load(model, setting, hf.table_for(config))
     return model.float().train()
 
 
@@ -204,7 +205,8 @@ def padded(config: Any) -> Any:
     return config.model_copy(update={"vocab_size": config.padded_vocab_size})
 
 
-def _load(model: Any, setting: Setting, table: Any) -> None:
+def load(model: Any, setting: Any, table: Any) -> None:
+    """Gives a peer's model the drawn weights, translated; ``setting`` has the config and the device."""
     from mamba_pretrain.models.layout import translate_out
 
     weights = translate_out(drawn(setting.config, setting.device), table)
@@ -260,6 +262,11 @@ class Fallbacks(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages: list[str] = []
+
+    def about(self, implementation: str) -> str | None:
+        """What was said about that implementation's kernels."""
+        package = implementation.split("+")[0].split("_")[0]
+        return next((message for message in self.messages if message.startswith(package)), None)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keeps a message about a slow path."""

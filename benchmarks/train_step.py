@@ -84,9 +84,8 @@ def measure(name: str, setting: Any, warm_up: int, steps: int) -> dict[str, Any]
         host.append(time.perf_counter() - queued)
     clock.mark()
     milliseconds = clock.intervals()
-    slow = [message for message in fallbacks.messages if message.startswith(name.split("_")[0].split("+")[0])]
-    if slow:
-        return {"error": f"it runs without its kernels: {slow[0]}"}
+    if slow := fallbacks.about(name):
+        return {"error": f"it runs without its kernels: {slow}"}
     middle = statistics.median(milliseconds)
     result = {
         "batch": setting.batch,

@@ -83,7 +83,7 @@ def test_weights_fit_flas_models(kind, setting):
     model = (
         models.MambaForCausalLM(models.MambaConfig(**keys)) if kind == "mamba1" else models.Mamba2ForCausalLM(models.Mamba2Config(**keys))
     )
-    peers._load(model, setting, hf.table_for(config))
+    peers.load(model, setting, hf.table_for(config))
     assert model.lm_head.weight is model.backbone.embeddings.weight
     assert torch.equal(
         model.backbone.layers[1].mixer.out_proj.weight, weights.drawn(setting.config, "cpu")["layers.1.mixer.out_proj.weight"]

@@ -64,7 +64,7 @@ def ours(setting: Setting, **options: str) -> Step:
     from mamba_pretrain.training.step import train_step
 
     precision = {key: value for key, value in options.items() if key in PrecisionConfig.model_fields}
-    parallel = {"strategy": "single", "cuda_graphs": "auto"} | {k: v for k, v in options.items() if k not in precision}
+    parallel = {"strategy": "single"} | {k: v for k, v in options.items() if k not in precision}
     with torch.device("meta"):
         model = LanguageModel(setting.config)
     config = ParallelConfig.model_validate(parallel)

@@ -8,8 +8,9 @@
 
 Reported for each implementation: tokens/s (median of the timed steps, from the beginning of one to that of the next on the GPU's clock), what
 the host needs to queue a step, model FLOPs and 6N utilisation, peak memory, and the losses of the first steps, so that nobody wins by
-computing something else. Implementations run in a process of their own, one after another; one that fails, hangs or falls to a slow path
-is told with its error and counts as not beaten. What is measured is recorded after every part. Needs a GPU, but for --check.
+computing something else. One setting of ours must meet the bars of speed and memory together. Implementations run in a process of their own, one
+after another; one that fails, hangs or falls to a slow path is told with its error and counts as not beaten. What is measured is recorded after
+every part. Needs a GPU, but for --check.
 """
 
 from __future__ import annotations
@@ -68,22 +69,23 @@ def measure(name: str, setting: Any, warm_up: int, steps: int) -> dict[str, Any]
 
     fallbacks, on_gpu, began = watched(), setting.device == "cuda", time.perf_counter()
     step = build(name, setting)
-    data = setting.tokens(warm_up + steps)
+    *data, last = setting.tokens(warm_up + steps + 1)
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    clock, host, losses, built = Clock(on_gpu), [], [], time.perf_counter()
+    clock, losses, built = Clock(on_gpu), [], time.perf_counter()
     for number, tokens in enumerate(data):
         if number == warm_up:
             clock.wait()
             ready = time.perf_counter()
         if number >= warm_up:
             clock.mark()
-        queued = time.perf_counter()
         losses.append(step(tokens))
-        host.append(time.perf_counter() - queued)
     clock.mark()
     milliseconds = clock.intervals()
+    queued = time.perf_counter()
+    step(last)  # behind a wait: a host that is ahead waits for the GPU at some launch or other
+    queued = time.perf_counter() - queued
     if slow := fallbacks.about(name):
         return {"error": f"it runs without its kernels: {slow}"}
     middle = statistics.median(milliseconds)
@@ -92,7 +94,7 @@ def measure(name: str, setting: Any, warm_up: int, steps: int) -> dict[str, Any]
         "step_ms": middle,
         "spread": (max(milliseconds) - min(milliseconds)) / middle,
         "tokens_per_second": setting.batch * setting.length / middle * 1e3,
-        "queue_ms": 1e3 * statistics.median(host[warm_up:]),
+        "queue_ms": 1e3 * queued,
         "built_after": built - began,
         "ready_after": ready - began,
         "losses": [round(float(loss), 5) for loss in losses],
@@ -277,11 +279,28 @@ def show(row: dict[str, Any], kind: str) -> None:
         print(f"  {name:36}{own} {found['tokens_per_second']:>10,.0f} tokens/s  {found['step_ms']:7.1f} ms{mfu}{memory}{ratio}")
 
 
-def check_speed(row: dict[str, Any], kind: str, excused: bool = False) -> Iterator[str]:
+def check_bars(row: dict[str, Any], kind: str, excused: bool = False) -> list[str]:
+    """What the setting of ours that comes nearest to its bars is missing: one setting must meet all of them."""
+    ours = [name for name in implementations(row) if name.startswith("ours")] or ["ours"]
+    return min(([*check_speed(row, name, kind, excused), *check_memory(row, name)] for name in ours), key=len)
+
+
+def check_memory(row: dict[str, Any], ours: str) -> Iterator[str]:
+    """Peak memory at the same micro-batch."""
+    base, peer = row.get(ours, {}), row.get("mamba_ssm", {})
+    if "batch" not in row or row["model"] not in BARS or "peak_gb" not in base or "peak_gb" not in peer:
+        return
+    share = base["peak_gb"] / peer["peak_gb"]
+    print(f"  peak memory of {ours} is {share:.0%} of mamba_ssm's")
+    if share > MOST_MEMORY:
+        yield f"{row['model']}: peak memory of {ours} is {share:.0%} of mamba_ssm's, {MOST_MEMORY:.0%} wanted"
+
+
+def check_speed(row: dict[str, Any], ours: str, kind: str, excused: bool) -> Iterator[str]:
     """Which peers are not beaten by their bar. ``excused``: a peer without a result here has one elsewhere."""
-    title, base = f"{row['model']}{kind}", row.get("ours", {"error": "not measured"})
+    title, base = f"{row['model']}{kind}", row.get(ours, {"error": "not measured"})
     if "error" in base:
-        yield f"{title}: ours: {base['error']}"
+        yield f"{title}: {ours}: {base['error']}"
         return
     measured = implementations(row)
     for name in BARS.get(row["model"], {}):
@@ -295,18 +314,13 @@ def check_speed(row: dict[str, Any], kind: str, excused: bool = False) -> Iterat
             if not excused:
                 yield f"{title}: {name} was not compared: {found['error']}"
         elif (ratio := base["tokens_per_second"] / found["tokens_per_second"]) < bar:
-            yield f"{title}: {ratio:.2f}x {name} is under {bar}x"
+            yield f"{title}: {ours} is {ratio:.2f}x {name}, under {bar}x"
 
 
-def check_equal(row: dict[str, Any]) -> Iterator[str]:
-    """Memory and losses at the same micro-batch."""
+def check_losses(row: dict[str, Any]) -> Iterator[str]:
+    """Losses of the first steps."""
     found = implementations(row)
-    base, peer = found.get("ours", {}), found.get("mamba_ssm", {})
-    if row["length"] == LENGTH and "peak_gb" in base and "peak_gb" in peer and row["model"] in BARS:
-        share = base["peak_gb"] / peer["peak_gb"]
-        print(f"  peak memory is {share:.0%} of mamba_ssm's")
-        if share > MOST_MEMORY:
-            yield f"{row['model']}: peak memory is {share:.0%} of mamba_ssm's, {MOST_MEMORY:.0%} wanted"
+    base = found.get("ours", {})
     for name, other in found.items():
         if name == "ours" or "error" in base or "error" in other:
             continue
@@ -360,12 +374,12 @@ def check(result: dict[str, Any]) -> list[str]:
         row = {"length": LENGTH, **row}
         show(row, "")
         if row["length"] == LENGTH:
-            failed += check_speed(row, "", excused=(row["model"], LENGTH) in best)
-        failed += check_equal(row)
+            failed += check_bars(row, "", excused=(row["model"], LENGTH) in best)
+        failed += check_losses(row)
     for row in best.values():
         show(row, ", each at its best micro-batch")
         if row["length"] == LENGTH:
-            failed += check_speed(row, " at the best micro-batch")
+            failed += check_bars(row, " at the best micro-batch")
     for row in result.get("parity", []):
         failed += check_parity(row)
     return failed

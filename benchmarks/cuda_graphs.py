@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import train_step
-from plan_memory import quick_initialization
+from peers import Setting, ours
 from record import RESULTS, conclude, newest, record
 
 WARM_UP = 4  # steps: one is launched whatever the mode, one records
@@ -35,7 +35,6 @@ SLOWEST = 1.02  # of a launched step's time: graphs may not lose by more than no
 
 def measure(name: str, mode: str, batch: int | None, length: int, steps: int, accumulation: int) -> dict[str, Any]:
     """One mode of one model: times in ms, memory in GB."""
-    from mamba_pretrain.config import load_config
     from mamba_pretrain.data.batch import Batch
     from mamba_pretrain.models.boundaries import Boundaries
     from mamba_pretrain.training.step import train_step as take_step
@@ -43,12 +42,10 @@ def measure(name: str, mode: str, batch: int | None, length: int, steps: int, ac
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    path, default = train_step.MODELS[name]
-    config = load_config(Path(__file__).parents[1] / path).model
-    setting = train_step.Setting(name, config, (batch or default) * accumulation, length, cuda_graphs=mode)
+    config, default = train_step.config_of(name), train_step.MODELS[name][1]
+    setting = Setting(name, config, (batch or default) * accumulation, length)
     torch.manual_seed(1)
-    with quick_initialization():
-        engine = train_step.ours(setting).engine  # type: ignore[attr-defined]
+    engine = ours(setting, cuda_graphs=mode).engine  # type: ignore[attr-defined]
     micros, losses, events, host = [], [], [], []
     for tokens in setting.tokens(WARM_UP + steps + IDLE):
         seq_idx = (torch.rand(tokens[:, 1:].shape) < 0.004).int().cumsum(1).int()

@@ -24,8 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_worker import start_processes
-from plan_memory import quick_initialization
 from record import RESULTS, conclude, newest, record
+from weights import quick_initialization
 
 MODELS = {
     "mamba1-370m": {"mixer": "mamba1", "vocab_size": 50277, "d_model": 1024, "n_layer": 48},

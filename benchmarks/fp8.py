@@ -29,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import train_step
-from plan_memory import quick_initialization
+from peers import Setting, ours
 from record import RESULTS, Growing, conclude, newest
 
 SPEEDUP, LOSS_DIFFERENCE = 1.15, 0.005
@@ -201,21 +201,15 @@ def tune() -> None:
 # -- training -------------------------------------------------------------------------------------------------------------------------------
 
 
-def setting_of(name: str, batch: int, fp8: str, cuda_graphs: str, **more: Any) -> train_step.Setting:
-    """A setting of ``train_step.py`` for a shipped model."""
-    from mamba_pretrain.config import load_config
-
-    path, _ = train_step.MODELS[name]
-    config = load_config(Path(__file__).parents[1] / path).model
-    return train_step.Setting(name, config, batch, LENGTH, cuda_graphs=cuda_graphs, fp8=fp8, **more)
+def setting_of(name: str, batch: int, **more: Any) -> Setting:
+    """A setting for a shipped model."""
+    return Setting(name, train_step.config_of(name), batch, LENGTH, **more)
 
 
 def step_row(fp8: str, cuda_graphs: str, steps: int, batch: int) -> dict[str, Any]:
     """Time and memory of whole training steps; weights are drawn on the GPU."""
-    setting = setting_of(STEP_MODEL, batch, fp8, cuda_graphs)
-    torch.manual_seed(1)
-    with quick_initialization():
-        step = train_step.ours(setting)
+    setting = setting_of(STEP_MODEL, batch)
+    step = ours(setting, cuda_graphs=cuda_graphs, fp8=fp8)
     batches = list(setting.tokens(WARM_UP + steps))
     events, losses = [], []
     for tokens in batches:
@@ -250,7 +244,7 @@ def text(batch: int, steps: int) -> Iterator[Tensor]:
 
 def parity_row(fp8: str, cuda_graphs: str, steps: int, lr: float) -> list[float]:
     """Losses of a training."""
-    step = train_step.ours(setting_of(PARITY_MODEL, PARITY_BATCH, fp8, cuda_graphs, lr=lr))
+    step = ours(setting_of(PARITY_MODEL, PARITY_BATCH, lr=lr), cuda_graphs=cuda_graphs, fp8=fp8)
     losses = [step(tokens) for tokens in text(PARITY_BATCH, steps)]
     return [round(float(loss), 5) for loss in losses]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from mamba_pretrain.models import distributions
 from mamba_pretrain.models.mixer import ParameterPolicy, State
-from mamba_pretrain.models.step import conv_step
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d
+from mamba_pretrain.ops.conv_step import conv_step
 from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
 from mamba_pretrain.ops.fp8 import Recipe
 from mamba_pretrain.ops.projection import project, project_beside, project_parts
@@ -26,9 +26,9 @@ class Projection(nn.Linear):
 
     recipe: Recipe | None = None  # of FP8, see ``models/fp8.py``
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (b, l, in) to (b, l, out)."""
-        return project(x, self.weight, self.bias, self.recipe)
+    def forward(self, x: Tensor, within: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """``x`` (b, l, in) to (b, l, out); or what ``within(x, weight)`` gives, an operation that has the projection inside."""
+        return project(x, self.weight, self.bias, self.recipe) if within is None else within(x, self.weight)
 
 
 class SplitProjection(nn.Linear):
@@ -103,7 +103,7 @@ class CausalConv1d(nn.Module):
         if state is None:
             return cast(Tensor, causal_conv1d(x, self.weight, self.bias, activation="silu", seq_idx=seq_idx))
         if x.shape[1] == 1:
-            return conv_step(x, self.weight, self.bias, state["conv"])
+            return conv_step(x[:, 0], self.weight, self.bias, state["conv"]).unsqueeze(1)
         initial = state["conv"].to(x.dtype) if state["started"] else None
         y, final = causal_conv1d(x, self.weight, self.bias, activation="silu", initial_state=initial, return_final_state=True)
         state["conv"].copy_(final)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.common import triton_unsupported, without_autocast
 from mamba_pretrain.ops.matmul import add_matmul
+from mamba_pretrain.ops.operator import operator
 
 # Elements of a chunk's logits. On a CPU a cache-sized chunk is fastest; a GPU wants few large matmuls (about 8 bytes an element at the peak).
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -95,7 +96,7 @@ def _fused_losses(logits: Tensor, targets: Tensor, ignore_index: int, valid: int
     return losses, logits
 
 
-@torch.library.custom_op("mamba_pretrain::linear_cross_entropy_loss", mutates_args=())
+@operator("linear_cross_entropy_loss")
 def loss_only(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, valid: int, dtype: torch.dtype, fused: bool) -> Tensor:
     """The loss where no gradient is wanted. ``hidden`` (tokens, d), ``targets`` (tokens,)."""
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -108,7 +109,7 @@ def loss_only(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
     return total
 
 
-@torch.library.custom_op("mamba_pretrain::linear_cross_entropy", mutates_args=())
+@operator("linear_cross_entropy")
 def loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, valid: int, dtype: torch.dtype, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

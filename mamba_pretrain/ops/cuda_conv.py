@@ -14,6 +14,7 @@ from mamba_pretrain.ops import cuda_conv_kernels as kernels
 from mamba_pretrain.ops import nvrtc, registry
 from mamba_pretrain.ops.causal_conv1d import final_inputs, inputs_before
 from mamba_pretrain.ops.common import document_numbers
+from mamba_pretrain.ops.operator import operator
 
 
 def unsupported(request: registry.Request) -> str | None:
@@ -56,9 +57,8 @@ def _plain(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return x if x.stride(-1) == 1 else x.contiguous(), *(None if t is None else t.contiguous() for t in others)
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::cuda_conv1d_forward",
-    mutates_args=(),
+@operator(
+    "cuda_conv1d_forward",
     device_types="cuda",
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? history, bool silu) -> Tensor",
 )
@@ -69,9 +69,8 @@ def forward(x, weight, bias, seq_idx, history, silu):  # type: ignore[no-untyped
         return kernels.forward(kernels.Operands(x, weight, bias, seq_idx, history, silu))
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::cuda_conv1d_backward",
-    mutates_args=(),
+@operator(
+    "cuda_conv1d_backward",
     device_types="cuda",
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? history, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
 )

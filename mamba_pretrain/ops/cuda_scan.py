@@ -12,6 +12,7 @@ from torch import Tensor
 from mamba_pretrain.ops import cuda_scan_kernels as kernels
 from mamba_pretrain.ops import nvrtc, registry
 from mamba_pretrain.ops.kernel_arguments import adjacent
+from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.scan_autograd import register_gradients
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? seq_idx"
@@ -71,9 +72,8 @@ def _operands(u, delta, A, B, C, D, z, delta_bias, seq_idx) -> kernels.Operands:
     return kernels.Operands(u, delta, A, B, C, D, z, delta_bias, seq_idx)
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::cuda_scan_forward",
-    mutates_args=(),
+@operator(
+    "cuda_scan_forward",
     device_types="cuda",
     schema=f"({_INPUTS}, Tensor? initial_state, bool save) -> (Tensor, Tensor, Tensor)",
 )
@@ -84,9 +84,8 @@ def forward(u, delta, A, B, C, D, z, delta_bias, seq_idx, initial_state, save): 
         return kernels.forward(ops, None if initial_state is None else initial_state.contiguous(), save)
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::cuda_scan_backward",
-    mutates_args=(),
+@operator(
+    "cuda_scan_backward",
     device_types="cuda",
     schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor checkpoints)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

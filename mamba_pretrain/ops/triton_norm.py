@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.common import triton_unsupported
+from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.registry import Request
 from mamba_pretrain.ops.rms_norm import output_dtype
 
@@ -56,7 +57,7 @@ def _programs(rows: int, groups: int, device: torch.device) -> int:
     return max(1, min(rows, -(-4 * cores // groups)))
 
 
-@torch.library.custom_op("mamba_pretrain::triton_rms_norm_forward", mutates_args=())
+@operator("triton_rms_norm_forward")
 def rms_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """y (rows, d) in ``dtype``; the new residual, fp32 (empty without one); and 1 / rms of every row."""
     from mamba_pretrain.ops import triton_norm_kernels
@@ -76,7 +77,7 @@ def _rms_outputs(x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> tupl
     return x.new_empty(x.shape, dtype=dtype), new_residual, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("mamba_pretrain::triton_rms_norm_backward", mutates_args=())
+@operator("triton_rms_norm_backward")
 def rms_backward(
     dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor, x_dtype: torch.dtype, has_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +101,7 @@ def _rms_gradients(total: Tensor, weight: Tensor, x_dtype: torch.dtype, has_resi
     return total.new_empty(total.shape, dtype=x_dtype), dresidual, torch.empty_like(weight)
 
 
-@torch.library.custom_op("mamba_pretrain::triton_gated_rms_norm_forward", mutates_args=())
+@operator("triton_gated_rms_norm_forward")
 def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """y (rows, d) in ``dtype``, and 1 / rms of every group."""
     from mamba_pretrain.ops import triton_norm_kernels
@@ -118,7 +119,7 @@ def _gated_outputs(x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Te
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0], x.shape[1] // size), dtype=torch.float32)
 
 
-@torch.library.custom_op("mamba_pretrain::triton_gated_rms_norm_backward", mutates_args=())
+@operator("triton_gated_rms_norm_backward")
 def gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, scale: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z and weight."""
     from mamba_pretrain.ops import triton_norm_kernels

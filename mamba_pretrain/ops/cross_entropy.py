@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.common import triton_unsupported, without_autocast
+from mamba_pretrain.ops.kernel_arguments import on_device_of
 from mamba_pretrain.ops.matmul import add_matmul
 from mamba_pretrain.ops.operator import operator
 
@@ -89,7 +90,7 @@ def _fused_losses(logits: Tensor, targets: Tensor, ignore_index: int, valid: int
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(4096, 1 << (columns - 1).bit_length())
-    with torch.cuda.device_of(logits):
+    with on_device_of(logits):
         triton_cross_entropy_kernels.softmax_gradient[(rows,)](
             logits, targets, losses, logits.stride(0), columns, valid, ignore_index, GRADIENT=gradient, BLOCK=block, num_warps=8
         )

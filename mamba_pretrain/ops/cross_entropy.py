@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.common import triton_unsupported, without_autocast
 from mamba_pretrain.ops.kernel_arguments import on_device_of
-from mamba_pretrain.ops.matmul import add_matmul
+from mamba_pretrain.ops.matmul import add_matmul, matmul
 from mamba_pretrain.ops.operator import operator
 
 # Elements of a chunk's logits. On a CPU a cache-sized chunk is fastest; a GPU wants few large matmuls (about 8 bytes an element at the peak).
@@ -117,16 +117,25 @@ def loss_and_gradients(
     """The loss, and its gradients by ``hidden`` and by ``weight`` (fp32)."""
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     dhidden = torch.empty_like(hidden)
-    dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    dweight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    chunks = _chunks(hidden, weight)
+    if not chunks:
+        dweight.zero_()
     losses_of = _fused_losses if fused else _losses
     with without_autocast(hidden):
         cast = weight.to(dtype)
-        for rows in _chunks(hidden, weight):
+        for rows in chunks:
             h = hidden[rows].to(dtype)
             losses, dlogits = losses_of(F.linear(h, cast), targets[rows], ignore_index, valid, gradient=True)
             total += losses.sum()
-            dhidden[rows] = dlogits @ cast
-            add_matmul(dweight, dlogits.t(), h)
+            if dhidden.dtype == dtype:
+                torch.mm(dlogits, cast, out=dhidden[rows])
+            else:
+                dhidden[rows] = torch.mm(dlogits, cast)
+            if rows.start == 0:
+                matmul(dlogits.t(), h, torch.float32, out=dweight)
+            else:
+                add_matmul(dweight, dlogits.t(), h)
     return total, dhidden, dweight
 
 
@@ -147,8 +156,10 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _gradients(ctx, dloss, *_):  # type: ignore[no-untyped-def]
+    # In place: all activations are still there, which leaves no room for a second gradient of the vocabulary. Another pass through this graph
+    # is refused by autograd, which finds the saved tensors modified.
     dhidden, dweight = ctx.saved_tensors
-    return dhidden * dloss.to(dhidden.dtype), (dweight * dloss).to(ctx.weight_dtype), None, None, None, None, None
+    return dhidden.mul_(dloss.to(dhidden.dtype)), dweight.mul_(dloss).to(ctx.weight_dtype), None, None, None, None, None
 
 
 loss_and_gradients.register_autograd(_gradients, setup_context=_setup_context)

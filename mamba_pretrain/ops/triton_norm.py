@@ -6,6 +6,7 @@ Runs on CUDA, and on a CPU under Triton's interpreter (TRITON_INTERPRET=1) for t
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,20 +48,47 @@ def _rows(t: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _launch(size: int) -> dict[str, int]:
-    """Block and warps for ``size`` channels a program."""
-    block = 1 << max(4, (size - 1).bit_length())
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+# A thread has 4 neighbouring channels: with 8, Triton lays fp32 and 16-bit rows out differently and brings them together through shared memory.
+WARP_CHANNELS = 128
 
 
-def _programs(rows: int, groups: int, device: torch.device) -> int:
-    """Programs of a backward pass: enough to fill the device a few times, each with rows to walk over."""
-    return max(1, min(rows, -(-4 * _cores(device) // groups)))
+@dataclass(frozen=True)
+class Tuning:
+    """How a backward pass runs: rows that a program loads at once, stages of its loop (with the memory that what is on its way may take), and
+    warps that a multiprocessor should hold."""
+
+    rows: int
+    stages: int
+    resident: int
+    warp_channels: int = WARP_CHANNELS
+
+
+TUNING = Tuning(rows=1, stages=3, resident=32)
+SHARED_BYTES = 96 * 1024  # of a multiprocessor, on every GPU from compute capability 8.0 on
+
+
+def _block(size: int) -> int:
+    return 1 << max(4, (size - 1).bit_length())
 
 
 @functools.cache
-def _cores(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def _forward_launch(size: int) -> dict[str, int]:
+    """Block and warps for ``size`` channels a program."""
+    return {"BLOCK": _block(size), "num_warps": _warps(size, WARP_CHANNELS)}
+
+
+def _warps(size: int, channels: int) -> int:
+    return min(32, max(1, _block(size) // channels))
+
+
+@functools.cache
+def _backward_launch(tuning: Tuning, rows: int, size: int, groups: int, device: torch.device) -> tuple[int, dict[str, int]]:
+    """Programs a group, enough to fill the device, each with rows to walk over; and how they run."""
+    block, warps = _block(size), _warps(size, tuning.warp_channels)
+    ahead = SHARED_BYTES // (10 * block * tuning.rows)  # the gradient of y in 16 bits, the sum and its gradient in fp32
+    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    programs = max(1, min(-(-rows // tuning.rows), -(-max(1, tuning.resident // warps) * cores // groups)))
+    return programs, {"ROWS": tuning.rows, "STAGES": min(tuning.stages, 1 + ahead), "BLOCK": block, "num_warps": warps}
 
 
 @operator("triton_rms_norm_forward")
@@ -73,7 +101,7 @@ def rms_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, 
     with on_device_of(x):
         triton_norm_kernels.rms_forward[(len(x),)](
             x, residual, weight.contiguous(), y, new_residual, scale, x.stride(0), 0 if residual is None else residual.stride(0), n, eps,
-            HAS_RESIDUAL=residual is not None, **_launch(n),
+            HAS_RESIDUAL=residual is not None, **_forward_launch(n),
         )  # fmt: skip
     return y, new_residual, scale
 
@@ -92,11 +120,12 @@ def rms_backward(
 
     dx, dresidual = _rms_gradients(total, x_dtype, has_residual)
     rows, n = _rows(total), total.shape[-1]
-    parts = dx.new_empty((_programs(len(rows), 1, dx.device), n), dtype=torch.float32)
+    programs, launch = _backward_launch(TUNING, len(rows), n, 1, dx.device)
+    parts = dx.new_empty((programs, n), dtype=torch.float32)
     with on_device_of(dx):
-        triton_norm_kernels.rms_backward[(len(parts),)](
+        triton_norm_kernels.rms_backward[(programs,)](
             dy, dsum, rows, weight.contiguous(), scale, dx, dresidual, parts, rows.stride(0), len(rows), n,
-            HAS_DSUM=dsum is not None, STORE_DRESIDUAL=dresidual.numel() > 0, **_launch(n),
+            HAS_DSUM=dsum is not None, STORE_DRESIDUAL=dresidual.numel() > 0, **launch,
         )  # fmt: skip
     return dx, dresidual, parts.sum(0).to(weight.dtype)
 
@@ -116,7 +145,7 @@ def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int, d
     x, z, n = _rows(x), _rows(z), x.shape[-1]
     with on_device_of(x):
         triton_norm_kernels.gated_forward[(len(x), n // size)](
-            x, z, weight.contiguous(), y, scale, x.stride(0), z.stride(0), n, size, eps, **_launch(size)
+            x, z, weight.contiguous(), y, scale, x.stride(0), z.stride(0), n, size, eps, **_forward_launch(size)
         )  # fmt: skip
     return y, scale
 
@@ -132,10 +161,11 @@ def gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, scale: Tens
 
     dx, dz = x.new_empty(x.shape), z.new_empty(z.shape)
     x, z, n = _rows(x), _rows(z), x.shape[-1]
-    parts = dx.new_empty((_programs(len(x), n // size, dx.device), n), dtype=torch.float32)
+    programs, launch = _backward_launch(TUNING, len(x), size, n // size, dx.device)
+    parts = dx.new_empty((programs, n), dtype=torch.float32)
     with on_device_of(dx):
-        triton_norm_kernels.gated_backward[(len(parts), n // size)](
-            dy, x, z, weight.contiguous(), scale, dx, dz, parts, x.stride(0), z.stride(0), len(x), n, size, **_launch(size)
+        triton_norm_kernels.gated_backward[(programs, n // size)](
+            dy, x, z, weight.contiguous(), scale, dx, dz, parts, x.stride(0), z.stride(0), len(x), n, size, **launch
         )  # fmt: skip
     return dx, dz, parts.sum(0).to(weight.dtype)
 

@@ -14,6 +14,8 @@ from mamba_pretrain.ops import cuda_conv_kernels as kernels
 from mamba_pretrain.ops import nvrtc, registry
 from mamba_pretrain.ops.causal_conv1d import final_inputs, inputs_before
 from mamba_pretrain.ops.common import document_numbers
+from mamba_pretrain.ops.kernel_arguments import on_device_of
+from mamba_pretrain.ops.operator import operator
 
 
 def unsupported(request: registry.Request) -> str | None:
@@ -25,11 +27,9 @@ def unsupported(request: registry.Request) -> str | None:
         return f"it has 1 to {kernels.MAX_TAPS} taps, not {taps}"
     if x.dtype not in kernels.SCALAR_TYPES:
         return f"it computes in fp32, fp16 or bf16, not {x.dtype}"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
     if x.numel() == 0 or x.shape[0] > 65535 or x.shape[1] > kernels.MAX_LENGTH:
         return f"it takes 1 to 65535 rows of 1 to {kernels.MAX_LENGTH} steps, not {tuple(x.shape)}"
-    return nvrtc.unavailable()
+    return nvrtc.unsupported(x.device)
 
 
 @registry.register("causal_conv1d", "cuda", priority=10, unsupported=unsupported)
@@ -56,28 +56,26 @@ def _plain(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return x if x.stride(-1) == 1 else x.contiguous(), *(None if t is None else t.contiguous() for t in others)
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::cuda_conv1d_forward",
-    mutates_args=(),
+@operator(
+    "cuda_conv1d_forward",
     device_types="cuda",
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? history, bool silu) -> Tensor",
 )
 def forward(x, weight, bias, seq_idx, history, silu):  # type: ignore[no-untyped-def]
     """See ``cuda_conv_kernels.forward``."""
-    with torch.cuda.device(x.device):
+    with on_device_of(x):
         x, weight, bias, seq_idx, history = _plain(x, weight, bias, seq_idx, history)
         return kernels.forward(kernels.Operands(x, weight, bias, seq_idx, history, silu))
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::cuda_conv1d_backward",
-    mutates_args=(),
+@operator(
+    "cuda_conv1d_backward",
     device_types="cuda",
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? history, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(dy, x, weight, bias, seq_idx, history, silu):  # type: ignore[no-untyped-def]
     """See ``cuda_conv_kernels.backward``."""
-    with torch.cuda.device(x.device):
+    with on_device_of(x):
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         x, weight, bias, seq_idx, history = _plain(x, weight, bias, seq_idx, history)
         return kernels.backward(kernels.Operands(x, weight, bias, seq_idx, history, silu), dy)

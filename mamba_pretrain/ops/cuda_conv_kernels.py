@@ -40,6 +40,7 @@ HOPPER = {"conv_forward": Tuning(4, 64, 4, 4, 6), "conv_backward": Tuning(4, 64,
 PORTABLE = {"conv_forward": Tuning(4, 64, 4, 4, 1), "conv_backward": Tuning(4, 64, 4, 4, 1)}
 
 
+@functools.cache
 def tuning(name: str, dtype: torch.dtype, device: int) -> Tuning:
     """How a kernel runs on a device."""
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
@@ -76,15 +77,24 @@ class Operands:
         self.weight = on_16_bytes(self.weight)
         self.bias = None if self.bias is None else on_16_bytes(self.bias)
 
-    def launch(self, name: str, tuned: Tuning, dy: Tensor | None, **outputs: Tensor | None) -> None:
-        """Runs a pass; ``outputs`` fill the other pointers of the arguments."""
+    def launch(
+        self,
+        name: str,
+        tuned: Tuning,
+        dy: Tensor | None = None,
+        y: Tensor | None = None,
+        dx: Tensor | None = None,
+        dhistory: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> None:
+        """Runs a pass."""
         batch, length, channels = self.x.shape
         vector = whole_vectors(channels, self.x, dy, self.history)
         lane_channels = tuned.channels if vector else 1
-        specialised = (len(self.weight[0]), lane_channels, self.seq_idx is not None, self.silu)
+        specialised = (self.weight.shape[1], lane_channels, self.seq_idx is not None, self.silu)
         kernel = _kernel(name, tuned, self.x.dtype, *specialised, self.x.device.index)
-        tensors = {"weight": self.weight, "bias": self.bias, "seq_idx": self.seq_idx, "history": self.history, **outputs}
-        params = ConvParams(x=rows(self.x), dy=rows(dy), length=length, channels=channels, **{k: pointer(t) for k, t in tensors.items()})
+        pointers = map(pointer, (self.weight, self.bias, self.seq_idx, self.history, y, dx, dhistory, sums))
+        params = ConvParams(rows(self.x), rows(dy), *pointers, length, channels)
         kernel((-(-channels // (32 * lane_channels)), -(-length // tuned.covered), batch), params)
 
 

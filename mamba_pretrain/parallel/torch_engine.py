@@ -16,6 +16,7 @@ from mamba_pretrain.checkpoint.portable import Reader, Segment, check_moments, c
 from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.optim.build import Build, set_learning_rate
+from mamba_pretrain.optim.fused import fused_step, local_parts, takes_divisor
 from mamba_pretrain.parallel.config import graphs_unsupported
 from mamba_pretrain.parallel.engine import Engine, SkipIf, StepResult
 from mamba_pretrain.parallel.micro_batch_graphs import CudaRecorder, MicroBatchGraphs, Recorder
@@ -25,6 +26,9 @@ from mamba_pretrain.parallel.sharding import local_part, shard, writes_copy
 
 if TYPE_CHECKING:
     from mamba_pretrain.data.batch import Batch
+
+
+CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grads_with_norm_ adds to the norm
 
 
 class TorchEngine(Engine):
@@ -48,6 +52,7 @@ class TorchEngine(Engine):
         self._named: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
         self._sharded = mesh is not None
         parameters = [parameter for _, parameter in self._named]
+        self._shards = None if mesh is None else mesh.get_group("shard")  # the processes that hold one copy together
         self._replicas = Replicas(parameters, self.topology.device) if self.name == "ddp" and self.topology.world_size > 1 else None
         # FSDP averages over processes; the loss is divided once, by the number of tokens, so this is undone.
         self._scale = float(self.topology.world_size) if self._sharded else 1.0
@@ -118,19 +123,33 @@ class TorchEngine(Engine):
 
     def step(self, lr: float, max_norm: float, skip_if: SkipIf | None = None) -> StepResult:
         """See ``Engine.step``."""
-        parameters = [p for _, p in self._named]
-        partial = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        norm = partial.full_tensor() if isinstance(partial, DTensor) else partial
+        norm = self._gradient_norm()
         skipped = skip_if is not None and skip_if(norm)
         if not skipped:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
             set_learning_rate(self.optimizer, lr)
-            self.await_copy()
-            self.optimizer.step()
+            if takes_divisor(self.optimizer):
+                divisor = ((norm + CLIP_EPS) / max_norm).clamp_(min=1.0)
+                self.await_copy()
+                fused_step(self.optimizer, divisor)
+            else:
+                torch.nn.utils.clip_grads_with_norm_([p for _, p in self._named], max_norm, norm, foreach=True)
+                self.await_copy()
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self._graphs is not None:
             self._graphs.step_done()
         return StepResult(norm, skipped)
+
+    @torch.no_grad()
+    def _gradient_norm(self) -> Tensor:
+        """The 2-norm of all gradients of all processes."""
+        norm = torch.nn.utils.get_total_norm(local_parts([p.grad for _, p in self._named if p.grad is not None]), foreach=True)
+        if self._shards is None:
+            return norm
+        # Every process norms its shards without DTensor's dispatcher, and the few numbers are summed; in fp64, since squares leave fp32's range.
+        squares = norm.double().square_()
+        torch.distributed.all_reduce(squares, group=self._shards)
+        return squares.sqrt_().to(norm.dtype)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:

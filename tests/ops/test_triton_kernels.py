@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from mamba_pretrain.ops import cross_entropy, registry
+from mamba_pretrain.ops import cross_entropy, registry, triton_norm
 from mamba_pretrain.ops.conv_step import conv_step
 from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
@@ -122,6 +122,8 @@ def test_in_the_interpreter(monkeypatch):
     monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(cross_entropy, "MIN_ROWS", 4)
     check_all("cpu", (24, 100))
+    monkeypatch.setattr(triton_norm, "TUNING", triton_norm.Tuning(rows=4, stages=2, resident=32))
+    check_all("cpu", (24,))
     check_cross_entropy("cpu", (3, 40, 5000))
     check_steps("cpu", (1, 32))
 

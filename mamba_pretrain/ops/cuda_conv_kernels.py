@@ -20,7 +20,7 @@ REDUCE_BLOCK = 256  # threads, as in conv_reduce.cu
 
 @dataclass(frozen=True)
 class Tuning:
-    """One way to run a kernel: channels a lane (4, or 8 with 16-bit activations; 1 where rows don't allow vectors), steps a warp, rows
+    """One way to run a kernel: channels a lane (2 or 4, or 8 with 16-bit activations; 1 where rows don't allow vectors), steps a warp, rows
     asked for ahead, warps a block, and blocks that a multiprocessor should hold (what caps the registers)."""
 
     channels: int

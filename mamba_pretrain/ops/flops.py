@@ -43,6 +43,7 @@ def attention_flops(length: int, n_head: int, headdim: int) -> float:
 for _module in (
     "causal_conv1d",
     "cross_entropy",
+    "fp8",
     "c_scan",
     "c_conv",
     "c_ssd",
@@ -105,3 +106,8 @@ def _(hidden: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 @register_flop_formula(_ops.linear_cross_entropy)
 def _(hidden: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 3 * linear_flops(hidden[0], hidden[1], weight[0])
+
+
+@register_flop_formula(_ops.fp8_matmul)
+def _(a: Any, a_scale: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return linear_flops(a[0], a[1], b[0])

@@ -26,7 +26,6 @@ from data_tools.errors import UserError
 
 if TYPE_CHECKING:
     from mamba_pretrain.data.batch import Batch
-    from mamba_pretrain.parallel.config import ParallelConfig
 
 log = logging.getLogger(__name__)
 
@@ -34,22 +33,9 @@ log = logging.getLogger(__name__)
 MAX_SHAPES = 4
 _INPUTS = ("tokens", "labels", "seq_idx", "positions")
 
-# DDP's reducer and DeepSpeed decide in Python, pass by pass, what they exchange: that cannot be replayed.
-STRATEGIES = ("single", "fsdp2", "hsdp")
-
 Replay = Callable[[], None]
-Key = tuple[tuple[int, ...], bool]  # shape of the batch, and whether the graph overwrites the gradients (or adds to them)
-
-
-def graphs_unsupported(parallel: ParallelConfig, strategy: str, device: str) -> str | None:
-    """What recordings need and this run has not, in words, or None."""
-    if strategy not in STRATEGIES:
-        return f"parallel.strategy={', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}, not {strategy}"
-    if device != "cuda":
-        return f"a CUDA device, not {device}"
-    if parallel.cpu_offload:
-        return "gradients that stay on the GPU, not parallel.cpu_offload=true"
-    return None
+# Shape of the batch, whether the graph overwrites the gradients (or adds to them), and whether it is recorded as a step's last pass.
+Key = tuple[tuple[int, ...], bool, bool]
 
 
 class Recorder(Protocol):
@@ -125,13 +111,13 @@ class MicroBatchGraphs:
 
     def __init__(
         self,
-        run: Callable[[Batch, Tensor], Tensor],
+        run: Callable[[Batch, Tensor, bool], Tensor],
         parameters: Sequence[nn.Parameter],
         device: torch.device,
         recorder: Recorder,
         alone: bool = True,
     ) -> None:
-        """``run(batch, divisor)`` launches both passes of a batch on the device and returns its loss; ``parameters``: all that get a gradient;
+        """``run(batch, divisor, last)`` launches both passes of a batch and returns its loss; ``parameters``: all that get a gradient;
         ``alone``: no other process waits for this one, so that a recording may fail."""
         self._run = run
         self._alone = alone
@@ -142,13 +128,15 @@ class MicroBatchGraphs:
         self._recordings: dict[Key, _Recording] = {}
         self._batches: dict[tuple[int, ...], Batch] = {}
         self._gradients: list[Tensor | None] | None = None
-        self._overwriting: tuple[int, ...] | None = None  # the shape whose graph made the gradients' buffers
+        self._overwriting: tuple[tuple[int, ...], bool] | None = (
+            None  # shape and place in a step of the graph that made the gradients' buffers
+        )
         self._launched: set[tuple[int, ...]] = set()  # shapes of this step
         self._ready: set[tuple[int, ...]] = set()  # shapes of earlier steps, whose kernels are compiled and tuned
         self._pending: tuple[_Recording, Tensor] | None = None
         self.failed: str | None = None
 
-    def loss(self, batch: Batch, launch: bool = False) -> Tensor | None:
+    def loss(self, batch: Batch, last: bool, launch: bool = False) -> Tensor | None:
         """The loss of a micro-batch, not a number until ``backward`` has run its recording; None if it must be launched. ``launch``: asks
         for that."""
         self._pending = None
@@ -160,11 +148,11 @@ class MicroBatchGraphs:
             self._make_room(begun)
             self._launched.add(shape)
             return None
-        if not begun and self._overwriting not in (None, shape):
+        if not begun and self._overwriting not in (None, (shape, last)):
             self._clear_gradients()
             begun = True
         try:
-            recording = self._recording(shape, overwrite=not begun)
+            recording = self._recording(shape, not begun, last)
         except Exception as error:  # whatever a library does that a recording does not allow
             self._give_up(error)
             return None
@@ -210,15 +198,16 @@ class MicroBatchGraphs:
 
     # -- recording
 
-    def _recording(self, shape: tuple[int, ...], overwrite: bool) -> _Recording:
-        if (shape, overwrite) not in self._recordings:
+    def _recording(self, shape: tuple[int, ...], overwrite: bool, last: bool) -> _Recording:
+        key = shape, overwrite, last
+        if key not in self._recordings:
             if shape not in self._batches and len(self._batches) >= MAX_SHAPES:
                 raise ValueError(f"there are batches of more than {MAX_SHAPES} shapes")
-            self._recordings[shape, overwrite] = self._record(self._static_batch(shape), overwrite)
+            self._recordings[key] = self._record(self._static_batch(shape), overwrite, last)
             if overwrite:
-                self._overwriting = shape
+                self._overwriting = shape, last
                 log.info("CUDA graphs: recorded forward and backward pass of micro-batches of %s tokens", " x ".join(map(str, shape)))
-        return self._recordings[shape, overwrite]
+        return self._recordings[key]
 
     def _static_batch(self, shape: tuple[int, ...]) -> Batch:
         if shape not in self._batches:
@@ -228,11 +217,11 @@ class MicroBatchGraphs:
             self._batches[shape] = empty.map(lambda t: t.to(self._device).clone())
         return self._batches[shape]
 
-    def _record(self, batch: Batch, overwrite: bool) -> _Recording:
+    def _record(self, batch: Batch, overwrite: bool, last: bool) -> _Recording:
 
         def work() -> None:
             # Views: what is remembered by tensor (documents' numbers) is then computed in every recording, and by every replay.
-            self._loss.copy_(self._run(batch.map(lambda t: t.view_as(t)), self._divisor))
+            self._loss.copy_(self._run(batch.map(lambda t: t.view_as(t)), self._divisor, last))
 
         replay = self._recorder.record(work)
         if overwrite:

@@ -10,7 +10,7 @@
 // others ask at every step what it may see. The branch between the two also keeps the compiler from issuing a group's loads after its
 // arithmetic, which it does where both stand in one basic block.
 //
-// Specialised by the macros TAPS, CHANNELS (1, or 4 or 8 where rows allow such vectors), CHUNK_STEPS, AHEAD, WARPS, MIN_BLOCKS (that a
+// Specialised by the macros TAPS, CHANNELS (1, or 2, 4 or 8 where rows allow such vectors), CHUNK_STEPS, AHEAD, WARPS, MIN_BLOCKS (that a
 // multiprocessor should hold), HAS_SEQ (documents) and SILU.
 #pragma once
 #include "common.cuh"
@@ -18,7 +18,7 @@
 constexpr int REACH = TAPS - 1;  // rows before its own that a step sees
 constexpr int COVERED = WARPS * CHUNK_STEPS;
 constexpr int TILE_CHANNELS = 32 * CHANNELS;
-static_assert(CHANNELS == 1 || CHANNELS % 4 == 0, "parameters come in vectors of four");
+static_assert(CHANNELS <= 2 || CHANNELS % 4 == 0, "parameters come in vectors");
 static_assert(CHUNK_STEPS % AHEAD == 0 && AHEAD + REACH < 32, "groups divide a chunk, and their starts fit in a word");
 static_assert(CHUNK_STEPS >= REACH, "only the first chunk reaches before step 0");
 
@@ -168,9 +168,11 @@ struct Convolution {
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c) bias[c] = 0.f;
         if (p.bias != nullptr) load<CHANNELS>(p.bias + channel, bias);
-        if constexpr (CHANNELS == 1) {
+        if constexpr (CHANNELS * TAPS % 4 != 0) {
 #pragma unroll
-            for (int k = 0; k < TAPS; ++k) weight[k][0] = own[k];
+            for (int c = 0; c < CHANNELS; ++c)
+#pragma unroll
+                for (int k = 0; k < TAPS; ++k) weight[k][c] = own[c * TAPS + k];
         } else {
             float flat[CHANNELS * TAPS];
             load<CHANNELS * TAPS>(own, flat);

@@ -72,8 +72,9 @@ def test_odd_channels(conv_case, check_conv, emulated):
         ({"chunk": 16, "warps": 3}, 200, (13, 15, 16, 17, 19, 47, 48, 49, 199)),
         ({"channels": 8, "chunk": 32, "ahead": 8, "warps": 1}, 131, "random"),
         ({"channels": 8, "chunk": 8, "ahead": 2, "warps": 4}, 70, "random"),
+        ({"channels": 2, "chunk": 32, "ahead": 8, "warps": 2}, 131, "random"),
     ],
-    ids=["one-block", "one-step-more", "starts-at-all-edges", "eight-ahead", "two-ahead"],
+    ids=["one-block", "one-step-more", "starts-at-all-edges", "eight-ahead", "two-ahead", "two-channels"],
 )
 def test_chunks(tuning, length, starts, make_case, check_conv, emulated):
     emulated(**tuning)

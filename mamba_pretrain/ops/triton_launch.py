@@ -17,7 +17,7 @@ MAX_COMPILED = 4096  # kinds; far more than a training has
 
 def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: int) -> None:
     """Launches on the current device's current stream. ``arguments``: all of the kernel's, in order, a tensor first and constants last."""
-    kind: list[Any] = [id(kernel), arguments[0].get_device(), *options.values()]
+    kind: list[Any] = [id(kernel), arguments[0].get_device(), tuple(options.values())]
     bare: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):

@@ -15,6 +15,7 @@ from mamba_pretrain.ops.common import triton_unsupported, without_autocast
 from mamba_pretrain.ops.kernel_arguments import on_device_of
 from mamba_pretrain.ops.matmul import add_matmul, matmul
 from mamba_pretrain.ops.operator import operator
+from mamba_pretrain.ops.triton_launch import launch
 
 # Elements of a chunk's logits. On a CPU a cache-sized chunk is fastest; a GPU wants few large matmuls (about 8 bytes an element at the peak).
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -92,10 +93,8 @@ def _fused_losses(logits: Tensor, targets: Tensor, ignore_index: int, valid: int
     block = min(4096, 1 << (columns - 1).bit_length())
     align = 8 if columns % 8 == logits.stride(0) % 8 == 0 else 1  # padded vocabularies' rows are whole vectors
     with on_device_of(logits):
-        triton_cross_entropy_kernels.softmax_gradient[(rows,)](
-            logits, targets, losses, logits.stride(0), columns, valid, ignore_index,
-            GRADIENT=gradient, ALIGN=align, BLOCK=block, num_warps=16,
-        )  # fmt: skip
+        arguments = (logits, targets, losses, logits.stride(0), columns, valid, ignore_index, gradient, align, block)
+        launch(triton_cross_entropy_kernels.softmax_gradient, (rows, 1, 1), *arguments, num_warps=16)
     return losses, logits
 
 

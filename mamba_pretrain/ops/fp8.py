@@ -23,6 +23,7 @@ from torch import Tensor
 from data_tools.errors import UserError
 from mamba_pretrain.ops.common import without_autocast
 from mamba_pretrain.ops.fp8_cast import Scaled, Scaling, cast_both, cast_columns, cast_rows, triton_missing
+from mamba_pretrain.ops.operator import operator
 
 ALIGNMENT = 16  # of every dimension of the matmuls: 16 bytes
 ACTIVATION = torch.float8_e4m3fn
@@ -133,7 +134,7 @@ def _cuda() -> tuple[int, ...]:
     return tuple(int(number) for number in (torch.version.cuda or "0").split("."))
 
 
-@torch.library.custom_op("mamba_pretrain::fp8_matmul", mutates_args=())
+@operator("fp8_matmul")
 def emulated_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The product by an fp32 matmul of what the operands stand for: exact products, summed in fp32."""
     with without_autocast(a):

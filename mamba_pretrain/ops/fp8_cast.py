@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mamba_pretrain.ops.kernel_arguments import on_device_of
+from mamba_pretrain.ops.operator import operator
+from mamba_pretrain.ops.triton_launch import launch
 
 Scaling = Literal["tensorwise", "rowwise", "blockwise"]
 BLOCK = 128
@@ -63,7 +67,7 @@ def triton_missing() -> bool:
     return importlib.util.find_spec("triton") is None
 
 
-@torch.library.custom_op("mamba_pretrain::fp8_cast", mutates_args=())
+@operator("fp8_cast")
 def cast(parts: list[Tensor], scaling: str, dtype: torch.dtype, along: bool, across: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values and scales of the matrix and of its transpose; what is not asked for is empty."""
     return _launched(parts, scaling, dtype, along, across) if parts[0].is_cuda else reference(parts, scaling, dtype, along, across)
@@ -122,29 +126,31 @@ def _launched(parts: list[Tensor], scaling: str, dtype: torch.dtype, along: bool
     from mamba_pretrain.ops import triton_fp8_kernels as kernels
 
     found = _outputs(parts, scaling, dtype, along, across)
+    number = SCALINGS.index(scaling)
     rows, total = parts[0].shape[0], sum(part.shape[1] for part in parts)
     parts, offsets = _placed([part if part.stride(1) == 1 else part.contiguous() for part in parts], scaling)
     of_rows = of_columns = found[1]  # not read by blockwise scaling
-    with torch.cuda.device_of(parts[0]):
+    with on_device_of(parts[0]):
         if scaling != "blockwise":
             bits = parts[0].new_zeros(1 if scaling == "tensorwise" else rows + total, dtype=torch.int32)
             of_rows, of_columns = bits, bits[rows:]
             for part, offset in zip(parts, offsets, strict=True):
-                grid, options = _launch(part, TILES["largest"], scaling, along, across)
-                kernels.largest[grid](part, of_rows, of_columns, part.stride(0), rows, part.shape[1], offset, **options)
+                grid, tiled, options = _tiled(part, TILES["largest"])
+                sizes = part.stride(0), rows, part.shape[1], offset
+                launch(kernels.largest, grid, part, of_rows, of_columns, *sizes, number, along, across, *tiled, **options)
         tile = TILES["cast blockwise" if scaling == "blockwise" else "cast"]
         for part, offset in zip(parts, offsets, strict=True):
-            grid, options = _launch(part, tile, scaling, along, across)
-            sizes = part.stride(0), rows, part.shape[1], total, offset
-            kernels.cast[grid](part, *found, of_rows, of_columns, *sizes, SHIFT=SHIFT[dtype], **options)
+            grid, tiled, options = _tiled(part, tile)
+            numbers = part.stride(0), rows, part.shape[1], total, offset, number, SHIFT[dtype], along, across, *tiled
+            launch(kernels.cast, grid, part, *found, of_rows, of_columns, *numbers, **options)
     return found
 
 
-def _launch(part: Tensor, tile: Tile, scaling: str, along: bool, across: bool) -> tuple[tuple[int], dict[str, Any]]:
+def _tiled(part: Tensor, tile: Tile) -> tuple[tuple[int, int, int], tuple[int, int], dict[str, int]]:
+    """The programs of a part, their rows and columns, and how they run."""
     rows, columns, warps, registers = tile
-    options: dict[str, Any] = {"SCALING": SCALINGS.index(scaling), "ALONG": along, "ACROSS": across, "ROWS": rows, "COLUMNS": columns}
-    options |= {"num_warps": warps} | ({} if registers is None else {"maxnreg": registers})
-    return (-(-part.shape[0] // rows) * -(-part.shape[1] // columns),), options
+    options = {"num_warps": warps} if registers is None else {"num_warps": warps, "maxnreg": registers}
+    return (-(-part.shape[0] // rows) * -(-part.shape[1] // columns), 1, 1), (rows, columns), options
 
 
 def _placed(parts: list[Tensor], scaling: str) -> tuple[list[Tensor], list[int]]:

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 # An argument of these types is what it seems, and no tensor subclass that answers for itself.
-_PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, torch.dtype})
+_PLAIN = frozenset({Tensor, nn.Parameter, type(None), bool, int, float, str, torch.dtype})
 
 Function = Callable[..., Any]
 
 
 def observed(*arguments: Any) -> bool:
     """Whether a call must be an operator's: a compiler, a dispatch mode, a functorch transform or a tensor subclass may look, or there is
-    nothing to compute with, on the meta device. ``arguments``: the call's, a tensor first."""
+    nothing to compute with, on the meta device. ``arguments``: the call's, a tensor or a list of tensors first."""
+    if type(arguments[0]) is list:
+        arguments = (*arguments[0], *arguments[1:])
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

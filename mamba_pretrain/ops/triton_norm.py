@@ -17,6 +17,7 @@ from mamba_pretrain.ops.kernel_arguments import on_device_of
 from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.registry import Request
 from mamba_pretrain.ops.rms_norm import output_dtype
+from mamba_pretrain.ops.triton_launch import launch
 
 MAX_CHANNELS = 16384
 
@@ -71,24 +72,18 @@ def _block(size: int) -> int:
     return 1 << max(4, (size - 1).bit_length())
 
 
-@functools.cache
-def _forward_launch(size: int) -> dict[str, int]:
-    """Block and warps for ``size`` channels a program."""
-    return {"BLOCK": _block(size), "num_warps": _warps(size, WARP_CHANNELS)}
-
-
 def _warps(size: int, channels: int) -> int:
     return min(32, max(1, _block(size) // channels))
 
 
 @functools.cache
-def _backward_launch(tuning: Tuning, rows: int, size: int, groups: int, device: torch.device) -> tuple[int, dict[str, int]]:
-    """Programs a group, enough to fill the device, each with rows to walk over; and how they run."""
+def _backward_launch(tuning: Tuning, rows: int, size: int, groups: int, device: torch.device) -> tuple[int, tuple[int, int, int], int]:
+    """Programs a group, enough to fill the device, each with rows to walk over; their ROWS, STAGES and BLOCK; and their warps."""
     block, warps = _block(size), _warps(size, tuning.warp_channels)
     ahead = SHARED_BYTES // (10 * block * tuning.rows)  # the gradient of y in 16 bits, the sum and its gradient in fp32
     cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     programs = max(1, min(-(-rows // tuning.rows), -(-max(1, tuning.resident // warps) * cores // groups)))
-    return programs, {"ROWS": tuning.rows, "STAGES": min(tuning.stages, 1 + ahead), "BLOCK": block, "num_warps": warps}
+    return programs, (tuning.rows, min(tuning.stages, 1 + ahead), block), warps
 
 
 @operator("triton_rms_norm_forward")
@@ -99,9 +94,10 @@ def rms_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, 
     y, new_residual, scale = _rms_outputs(x, residual, dtype)
     x, residual, n = _rows(x), None if residual is None else _rows(residual), x.shape[-1]
     with on_device_of(x):
-        triton_norm_kernels.rms_forward[(len(x),)](
+        launch(
+            triton_norm_kernels.rms_forward, (len(x), 1, 1),
             x, residual, weight.contiguous(), y, new_residual, scale, x.stride(0), 0 if residual is None else residual.stride(0), n, eps,
-            HAS_RESIDUAL=residual is not None, **_forward_launch(n),
+            residual is not None, _block(n), num_warps=_warps(n, WARP_CHANNELS),
         )  # fmt: skip
     return y, new_residual, scale
 
@@ -120,12 +116,13 @@ def rms_backward(
 
     dx, dresidual = _rms_gradients(total, x_dtype, has_residual)
     rows, n = _rows(total), total.shape[-1]
-    programs, launch = _backward_launch(TUNING, len(rows), n, 1, dx.device)
+    programs, options, warps = _backward_launch(TUNING, len(rows), n, 1, dx.device)
     parts = dx.new_empty((programs, n), dtype=torch.float32)
     with on_device_of(dx):
-        triton_norm_kernels.rms_backward[(programs,)](
+        launch(
+            triton_norm_kernels.rms_backward, (programs, 1, 1),
             dy, dsum, rows, weight.contiguous(), scale, dx, dresidual, parts, rows.stride(0), len(rows), n,
-            HAS_DSUM=dsum is not None, STORE_DRESIDUAL=dresidual.numel() > 0, **launch,
+            dsum is not None, dresidual.numel() > 0, *options, num_warps=warps,
         )  # fmt: skip
     return dx, dresidual, parts.sum(0).to(weight.dtype)
 
@@ -144,8 +141,9 @@ def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int, d
     y, scale = _gated_outputs(x, size, dtype)
     x, z, n = _rows(x), _rows(z), x.shape[-1]
     with on_device_of(x):
-        triton_norm_kernels.gated_forward[(len(x), n // size)](
-            x, z, weight.contiguous(), y, scale, x.stride(0), z.stride(0), n, size, eps, **_forward_launch(size)
+        launch(
+            triton_norm_kernels.gated_forward, (len(x), n // size, 1),
+            x, z, weight.contiguous(), y, scale, x.stride(0), z.stride(0), n, size, eps, _block(size), num_warps=_warps(size, WARP_CHANNELS),
         )  # fmt: skip
     return y, scale
 
@@ -161,11 +159,12 @@ def gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, scale: Tens
 
     dx, dz = x.new_empty(x.shape), z.new_empty(z.shape)
     x, z, n = _rows(x), _rows(z), x.shape[-1]
-    programs, launch = _backward_launch(TUNING, len(x), size, n // size, dx.device)
+    programs, options, warps = _backward_launch(TUNING, len(x), size, n // size, dx.device)
     parts = dx.new_empty((programs, n), dtype=torch.float32)
     with on_device_of(dx):
-        triton_norm_kernels.gated_backward[(programs, n // size)](
-            dy, x, z, weight.contiguous(), scale, dx, dz, parts, x.stride(0), z.stride(0), len(x), n, size, **launch
+        launch(
+            triton_norm_kernels.gated_backward, (programs, n // size, 1),
+            dy, x, z, weight.contiguous(), scale, dx, dz, parts, x.stride(0), z.stride(0), len(x), n, size, *options, num_warps=warps,
         )  # fmt: skip
     return dx, dz, parts.sum(0).to(weight.dtype)
 

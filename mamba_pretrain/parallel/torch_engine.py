@@ -51,6 +51,7 @@ class TorchEngine(Engine):
         # Kept from here on: while a forward pass has gathered a group, the module shows other tensors under these names.
         self._named: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
         self._sharded = mesh is not None
+        self._announced: bool | None = None  # what the sharded model was told last
         parameters = [parameter for _, parameter in self._named]
         self._shards = None if mesh is None else mesh.get_group("shard")  # the processes that hold one copy together
         self._replicas = Replicas(parameters, self.topology.device) if self.name == "ddp" and self.topology.world_size > 1 else None
@@ -89,8 +90,8 @@ class TorchEngine(Engine):
 
     def _announce(self, last: bool) -> None:
         """Tells what shards or replicates the model whether gradients are summed over processes after the next backward pass."""
-        if self._sharded:
-            root = cast(Any, self.model)
+        if self._sharded and last != self._announced:  # each call below walks over all modules
+            root, self._announced = cast(Any, self.model), last
             # Until the step's last micro-batch nothing is reduced, and what is gathered from forward to backward stays so in between.
             root.set_requires_gradient_sync(last)
             root.set_is_last_backward(last)

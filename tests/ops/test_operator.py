@@ -111,6 +111,9 @@ def test_who_is_an_observer():
     assert observed(x.as_subclass(Subclass))
     assert observed(x, None, x.as_subclass(Subclass))
     assert observed(x.to("meta"))
+    assert not observed([x, x], "rowwise")
+    assert observed([x.to("meta")], "rowwise")
+    assert observed([x, x.as_subclass(Subclass)], "rowwise")
     with FakeTensorMode():
         assert observed(torch.randn(5))
     with Names():

@@ -18,6 +18,7 @@ from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
 from mamba_pretrain.ops.selective_step import selective_step
 from mamba_pretrain.ops.ssd_step import ssd_step
+from mamba_pretrain.ops.triton_launch import launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,7 +36,9 @@ def outputs_and_gradients(op: str, name: str, call, inputs: list[torch.Tensor]) 
 
 
 def check(op: str, call, inputs: list[torch.Tensor]) -> None:
-    found, expected = (outputs_and_gradients(op, name, call, inputs) for name in ("triton", "reference"))
+    # Twice: a kernel's second launch takes another way than its first.
+    found, again, expected = (outputs_and_gradients(op, name, call, inputs) for name in ("triton", "triton", "reference"))
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         tolerance = 1e-5 if a.dtype == torch.float32 and inputs[0].dtype == torch.float32 else 1.6e-2
@@ -137,6 +140,49 @@ def test_interpreted_on_cpu():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 passed" in result.stdout
+
+
+class Kernel:
+    """Stands for a Triton kernel and for what is compiled of it; keeps the arguments of its launches."""
+
+    def __init__(self):
+        self.launched = []
+        self.compiled = 0
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.launched.append((grid, arguments, options))
+            self.compiled += bool(options)
+            return self
+
+        return run
+
+
+def test_the_second_launch_of_a_kind_goes_past_triton():
+    kernel, x = Kernel(), torch.zeros(4, 16)
+    for _ in range(2):
+        launch(kernel, (4, 1, 1), x, None, 16, 1e-5, True, num_warps=4)
+    assert kernel.compiled == 1
+    assert kernel.launched[0] == ((4, 1, 1), (x, None, 16, 1e-5, True), {"num_warps": 4})
+    assert kernel.launched[1] == ((4, 1, 1), (x.data_ptr(), None, 16, 1e-5, True), {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warps"),
+    [
+        ((torch.zeros(4, 16).bfloat16(), None, 16), 4),
+        ((torch.zeros(4, 16).flatten()[1:], None, 16), 4),
+        ((torch.zeros(4, 16), torch.zeros(4), 16), 4),
+        ((torch.zeros(4, 16), None, 17), 4),
+        ((torch.zeros(4, 16), None, 16), 8),
+    ],
+    ids=["dtype", "alignment", "presence", "number", "warps"],
+)
+def test_another_kind_is_compiled_anew(arguments, warps):
+    kernel = Kernel()
+    launch(kernel, (4, 1, 1), torch.zeros(4, 16), None, 16, num_warps=4)
+    launch(kernel, (4, 1, 1), *arguments, num_warps=warps)
+    assert kernel.compiled == 2
 
 
 @pytest.mark.gpu

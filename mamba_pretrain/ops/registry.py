@@ -32,6 +32,7 @@ PROVIDERS = (
     "cross_entropy",
     "official",
     "triton_norm",
+    "triton_ssd",
     "cuda_scan",
     "cuda_conv",
     "c_scan",

@@ -117,6 +117,8 @@ class _Call:
 
     def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, dt_bias: Any, documents: Any, limits: Any) -> None:
         self.x, self.B, self.C = (_addressable(t) for t in (x, B, C))
+        if self.B.stride() != self.C.stride():  # they share their offsets
+            self.B, self.C = self.B.contiguous(), self.C.contiguous()
         self.dt, self.limits = dt, limits
         self.A, self.D, self.bias, self.documents = (None if t is None else t.contiguous() for t in (A, D, dt_bias, documents))
         self.batch, self.length, self.heads, self.headdim = x.shape
@@ -130,6 +132,10 @@ class _Call:
         precision = "tf32x3" if self.exact else "tf32"
         return {"HAS_DOCUMENTS": self.documents is not None, "EXACT": self.exact, "PRECISION": precision}
 
+    def masked(self, rows: int, P: int, N: int) -> bool:
+        """Whether tiles reach beyond the tensors."""
+        return self.length % rows > 0 or self.headdim % P > 0 or self.state % N > 0
+
     def sizes(self) -> tuple[int, ...]:
         """Of the tensors, as most kernels take them."""
         return self.length, self.padded, self.heads, self.heads // self.groups, self.headdim, self.state, self.chunks
@@ -142,15 +148,14 @@ class _Call:
         self.padded = self.chunks * chunk
         new = self.x.new_empty
         vector = (self.batch, self.heads, self.padded)
-        self.steps, self.sums = new(vector, dtype=torch.float32), new(vector, dtype=torch.float32)
-        self.low = new(vector, dtype=torch.float32) if self.exact else None
+        sums, sources, *low = new((4 if self.exact else 2, *vector), dtype=torch.float32)
+        self.vectors = (self.documents, sums, sources, *(low or (None, None)))
         kernels.ssd_prepare[(self.chunks, -(-self.heads // PREPARE_HEADS), self.batch)](
-            self.dt, self.A, self.bias, self.documents, self.steps, self.sums, self.low,
+            self.dt, self.A, self.bias, *self.vectors,
             *self.dt.stride(), self.length, self.padded, self.heads, *self.limits,
             HAS_BIAS=self.bias is not None, HAS_DOCUMENTS=self.documents is not None, EXACT=self.exact,
             CHUNK=chunk, HEADS=PREPARE_HEADS, num_warps=4,
         )  # fmt: skip
-        self.vectors = (self.documents, self.steps, self.sums, self.low)
 
     def segments(self) -> tuple[int, int]:
         """How many parts of the length run in parallel (more than one only where batch and heads don't fill the device), and chunks in each."""
@@ -194,7 +199,7 @@ class _Call:
         kernels.ssd_states[(self.batch * segments * self.heads, *blocks)](
             u, V, *self.vectors, edge, before, states, products, end, decay,
             *u.stride()[:3], *V.stride()[:3], *self.sizes(), segments, each,
-            REVERSE=reverse, WRITE=write, STORE_END=reverse or not write, HAS_EDGE=edge is not None,
+            REVERSE=reverse, WRITE=write, STORE_END=reverse or not write, HAS_EDGE=edge is not None, MASKED=self.masked(self.chunk, P, N),
             CHUNK=self.chunk, P=P, N=N, **self.flags(), **t.states.options(),
         )  # fmt: skip
         return end, products if write else decay
@@ -242,8 +247,8 @@ def forward(x, dt, A, B, C, D, z, dt_bias, documents, initial_state, chunk_size,
         P = max(16, min(call.P, t.state_block // call.N))
         kernels.ssd_forward[(call.batch * segments * call.heads, -(-call.headdim // P))](
             call.x, call.B, call.C, call.D, *call.vectors, before, y, final,
-            *call.x.stride()[:3], *call.B.stride()[:3], *call.C.stride()[:3], *call.sizes(), segments, each,
-            HAS_D=D is not None, HAS_BEFORE=before is not None, CHUNK=t.chunk, P=P, N=call.N, **call.flags(), **t.forward.options(),
+            *call.x.stride()[:3], *call.B.stride()[:3], *call.sizes(), segments, each,
+            HAS_D=D is not None, HAS_BEFORE=before is not None, MASKED=call.masked(t.chunk, P, call.N), CHUNK=t.chunk, P=P, N=call.N, **call.flags(), **t.forward.options(),
         )  # fmt: skip
         return y, final, _kept(x, initial_state)
 
@@ -265,9 +270,9 @@ def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, documents, initial_state
 
 
 def _states(call: _Call, dy: Tensor, initial_state: Tensor, dfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """States before chunks and gradients of those after them, (b, chunks, h, p, n), their products, and the initial state's gradient."""
+    """States before chunks and gradients of those after them, (b, chunks, h, n, p), their products, and the initial state's gradient."""
     segments, each = call.segments()
-    states = call.x.new_empty((call.batch, call.chunks, call.heads, call.headdim, call.state))
+    states = call.x.new_empty((call.batch, call.chunks, call.heads, call.state, call.headdim))
     begin = call.edges(False, call.x, initial_state if initial_state.numel() else None, segments, each)
     call.walk(False, call.x, begin, segments, each, states)
     end = call.edges(True, dy, None if dfinal is None else dfinal.contiguous(), segments, each)
@@ -288,31 +293,32 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     parts = -(-(call.heads // call.groups) // t.heads)  # programs that share a group
     pairs = t.tiles * (t.tiles + 1) // 2
     tiles = call.batch * call.chunks * t.tiles
-    direct, flow, cross, through = sums(4, *call.steps.shape)
+    vector = (call.batch, call.heads, call.padded)
+    given, taken, cross, own, to_states = sums(5, *vector)
     skip, dscores = sums(tiles, call.heads), sums(call.batch * call.chunks * call.groups * parts, pairs, t.tile, t.tile)
     shape = {"HEADS": t.heads, "TILES": t.tiles, "TILE": t.tile, "P": call.P}
     kernels.ssd_inside[(tiles * call.groups * parts,)](
-        x, dy, B, C, call.D, *call.vectors, dstates, dx, dscores, direct, flow, cross, through, skip,
-        *x.stride()[:3], *dy.stride()[:3], *B.stride()[:3], *C.stride()[:3], *call.sizes(), parts,
-        HAS_D=call.D is not None, N=call.N, **shape, **call.flags(), **t.inside.options(),
+        x, dy, B, C, call.D, *call.vectors, dstates, dx, dscores, given, taken, cross, own, to_states, skip,
+        *x.stride()[:3], *dy.stride()[:3], *B.stride()[:3], *call.sizes(), parts,
+        HAS_D=call.D is not None, MASKED=call.masked(call.chunk, call.P, call.N), N=call.N, **shape, **call.flags(), **t.inside.options(),
     )  # fmt: skip
     N = min(call.N, 128)
     blocks = -(-call.state // N)
-    taken = sums(blocks, *call.steps.shape)
+    from_states = sums(blocks, *vector)
     dB_parts, dC_parts = sums(2, tiles * call.groups * parts, t.tile, call.state)
     kernels.ssd_edges[(2 * tiles * call.groups * parts, blocks)](
-        x, dy, C, *call.vectors, states, dstates, dB_parts, dC_parts, taken,
-        *x.stride()[:3], *dy.stride()[:3], *C.stride()[:3], call.steps.numel(), *call.sizes(), parts,
-        N=N, **shape, **call.flags(), **t.edges.options(),
+        x, dy, C, *call.vectors, states, dstates, dB_parts, dC_parts, from_states,
+        *x.stride()[:3], *dy.stride()[:3], *C.stride()[:3], given.numel(), *call.sizes(), parts,
+        MASKED=call.masked(call.chunk, call.P, N), N=N, **shape, **call.flags(), **t.edges.options(),
     )  # fmt: skip
-    kernels.ssd_gather[(tiles * call.groups, blocks)](
-        B, C, dscores, dB_parts, dC_parts, dB, dC, *B.stride()[:3], *C.stride()[:3], call.length, call.groups, call.state, call.chunks, parts,
+    kernels.ssd_gather[(2 * tiles * call.groups, blocks)](
+        B, C, dscores, dB_parts, dC_parts, dB, dC, *B.stride()[:3], call.length, call.groups, call.state, call.chunks, parts,
         TILES=t.tiles, TILE=t.tile, N=N, PRECISION=call.flags()["PRECISION"], num_warps=4,
     )  # fmt: skip
     by_chunk = sums(3, call.batch * call.chunks, call.heads)
     kernels.ssd_finish[(call.batch * call.chunks, -(-call.heads // PREPARE_HEADS))](
-        call.dt, call.A, call.bias, call.documents, call.steps, direct, flow, cross, through, taken, products, skip, ddt, by_chunk,
-        *call.dt.stride(), call.steps.numel(), call.batch, call.length, call.padded, call.heads, call.chunks, blocks, len(products), *call.limits,
+        call.dt, call.A, call.bias, call.documents, given, taken, cross, own, to_states, from_states, products, skip, ddt, by_chunk,
+        *call.dt.stride(), given.numel(), call.batch, call.length, call.padded, call.heads, call.chunks, blocks, len(products), *call.limits,
         HAS_BIAS=call.bias is not None, HAS_D=call.D is not None, HAS_DOCUMENTS=call.documents is not None,
         TILES=t.tiles, TILE=t.tile, HEADS=PREPARE_HEADS, num_warps=4,
     )  # fmt: skip

@@ -70,6 +70,11 @@ def tuning(x: Tensor, B: Tensor) -> Tuning:
     return HOPPER if small and hopper else PORTABLE
 
 
+def cores(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def unsupported(request: registry.Request) -> str | None:
     """Why these kernels cannot serve."""
     if (why := triton_unsupported(request)) is not None:
@@ -159,9 +164,7 @@ class _Call:
 
     def segments(self) -> tuple[int, int]:
         """How many parts of the length run in parallel (more than one only where batch and heads don't fill the device), and chunks in each."""
-        device = self.x.device
-        cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-        wanted = min(2 * cores // (self.batch * self.heads), self.length // SHORTEST_SEGMENT)
+        wanted = min(2 * cores(self.x.device) // (self.batch * self.heads), self.length // SHORTEST_SEGMENT)
         each = -(-self.chunks // max(1, wanted))
         return -(-self.chunks // each), each
 

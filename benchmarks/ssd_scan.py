@@ -66,7 +66,9 @@ def timed(forward: Callable[[], Tensor], backward: Callable[[], Any]) -> dict[st
     return {"forward_ms": alone, "backward_ms": both - alone, "both_ms": both}
 
 
-def passes(name: str, inputs: dict[str, Tensor], dy: Tensor, seq_idx: Tensor | None = None) -> tuple[Callable[[], Tensor], Callable[[], Any]]:
+def passes(
+    name: str, inputs: dict[str, Tensor], dy: Tensor, seq_idx: Tensor | None = None
+) -> tuple[Callable[[], Tensor], Callable[[], Any]]:
     """Calls of one implementation: forward alone, and both passes."""
     from mamba_pretrain.ops import registry
     from mamba_pretrain.ops.ssd_scan import ssd_scan
@@ -167,7 +169,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     """The table."""
     for row in rows:
         ours, theirs = row["ours"], row["mamba_ssm"]
-        line = f"{row['shape']:<32} forward {ours['forward_ms']:.3f} backward {ours['backward_ms']:.3f} ms, seq_idx {seq_idx_cost(row):+.1%}"
+        line = (
+            f"{row['shape']:<32} forward {ours['forward_ms']:.3f} backward {ours['backward_ms']:.3f} ms, seq_idx {seq_idx_cost(row):+.1%}"
+        )
         if theirs:
             speedup = " / ".join(f"{v:.2f}x" for v in row["speedup"].values())
             line += f"; mamba-ssm {theirs['forward_ms']:.3f} {theirs['backward_ms']:.3f} ms: {speedup}"
@@ -200,9 +204,13 @@ def variants(only: int) -> None:
     from mamba_pretrain.ops.triton_ssd import Launch
 
     base = triton_ssd.HOPPER
+    one = replace(base, tiles=1, keep=True, forward=Launch(4, 1), states=Launch(4, 3), inside=Launch(4, 2), edges=Launch(4, 3))
     tried = {
         "table": base,
-        "tiles 1": replace(base, tiles=1),
+        "one tile": one,
+        "one tile, shallow": replace(one, state_block=4096, forward=Launch(4, 2), states=Launch(4, 2), inside=Launch(4, 1)),
+        "wide": replace(base, chunk=128, keep=not base.keep, forward=Launch(8, 1), states=Launch(8, 2), edges=Launch(4, 1)),
+        "more heads": replace(base, heads=2 * base.heads, forward=Launch(4, 3), states=Launch(4, 1), edges=Launch(4, 3)),
     }
     for size in list(SHAPES)[:only]:
         inputs, dy = make(*size)
@@ -217,7 +225,6 @@ def variants(only: int) -> None:
             parts = " ".join(f"{k.removeprefix('ssd_')} {v:.3f}" for k, v in sorted(times.items()))
             print(f"  {name:<24} {sum(times.values()):.3f} ms: {parts}", flush=True)
     triton_ssd.HOPPER = base
-    del Launch
 
 
 def main() -> int:

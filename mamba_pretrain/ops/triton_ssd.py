@@ -6,7 +6,7 @@ states in and out. Nothing but the inputs is kept for the backward pass. Kernels
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Launch:
 class Tuning:
     """Steps a chunk of the forward pass; of the backward pass steps a tile, tiles a chunk (1 or 2) and heads a program; launches by kernel.
 
-    ``state_block``: most elements of a state that a program of the passes along the length holds.
+    ``state_block``: most elements of a state that a program of the passes along the length holds. ``keep``: see ``ssd_inside``.
     """
 
     chunk: int
@@ -45,6 +45,7 @@ class Tuning:
     tiles: int
     heads: int
     state_block: int
+    keep: bool
     forward: Launch
     states: Launch
     inside: Launch
@@ -53,13 +54,14 @@ class Tuning:
 
 # For compute capability 9.0 and 16-bit activations of up to 64 channels a head and 128 states; not measured yet.
 HOPPER = Tuning(
-    chunk=64, tile=64, tiles=2, heads=16, state_block=8192,
+    chunk=64, tile=64, tiles=2, heads=16, state_block=8192, keep=True,
     forward=Launch(4, 2), states=Launch(4, 2), inside=Launch(4, 1), edges=Launch(4, 2),
 )  # fmt: skip
 # Everywhere else: fits in 99 KiB of shared memory, tuned for nothing.
 PORTABLE = Tuning(
-    chunk=32, tile=32, tiles=1, heads=8, state_block=4096, forward=Launch(4, 1), states=Launch(4, 1), inside=Launch(4, 1), edges=Launch(4, 1)
-)
+    chunk=32, tile=32, tiles=1, heads=8, state_block=4096, keep=True,
+    forward=Launch(4, 1), states=Launch(4, 1), inside=Launch(4, 1), edges=Launch(4, 1),
+)  # fmt: skip
 PREPARE_HEADS = 8  # heads a program of the kernels that only add
 
 
@@ -185,7 +187,14 @@ class _Call:
         return begin
 
     def walk(
-        self, reverse: bool, u: Tensor, edge: Tensor | None, segments: int, each: int, states: Tensor | None = None, before: Tensor | None = None
+        self,
+        reverse: bool,
+        u: Tensor,
+        edge: Tensor | None,
+        segments: int,
+        each: int,
+        states: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``ssd_states``. Without ``states`` to write: where segments that begin with zero end up, and their decays; with, at the end of the
         reverse walk, where they end up, and the products of states ``before`` chunks with the gradients of those after them."""
@@ -199,11 +208,11 @@ class _Call:
         decay = new((self.batch, segments, self.heads) if not write else 0, dtype=torch.float32)
         products = new((blocks[0] * blocks[1], self.batch, self.heads, self.chunks) if reverse and write else 0, dtype=torch.float32)
         V = self.C if reverse else self.B
-        kernels.ssd_states[(self.batch * segments * self.heads, *blocks)](
+        kernels.ssd_states[(self.batch * segments * self.heads, blocks[0], blocks[1])](
             u, V, *self.vectors, edge, before, states, products, end, decay,
             *u.stride()[:3], *V.stride()[:3], *self.sizes(), segments, each,
             REVERSE=reverse, WRITE=write, STORE_END=reverse or not write, HAS_EDGE=edge is not None, MASKED=self.masked(self.chunk, P, N),
-            CHUNK=self.chunk, P=P, N=N, **self.flags(), **t.states.options(),
+            CHUNK=self.chunk, P=P, WIDTH=self.headdim, N=N, **self.flags(), **t.states.options(),
         )  # fmt: skip
         return end, products if write else decay
 
@@ -251,7 +260,8 @@ def forward(x, dt, A, B, C, D, z, dt_bias, documents, initial_state, chunk_size,
         kernels.ssd_forward[(call.batch * segments * call.heads, -(-call.headdim // P))](
             call.x, call.B, call.C, call.D, *call.vectors, before, y, final,
             *call.x.stride()[:3], *call.B.stride()[:3], *call.sizes(), segments, each,
-            HAS_D=D is not None, HAS_BEFORE=before is not None, MASKED=call.masked(t.chunk, P, call.N), CHUNK=t.chunk, P=P, N=call.N, **call.flags(), **t.forward.options(),
+            HAS_D=D is not None, HAS_BEFORE=before is not None, MASKED=call.masked(t.chunk, P, call.N),
+            CHUNK=t.chunk, P=P, N=call.N, **call.flags(), **t.forward.options(),
         )  # fmt: skip
         return y, final, _kept(x, initial_state)
 
@@ -267,7 +277,7 @@ def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, documents, initial_state
     with torch.cuda.device_of(x):
         call = _Call(x, dt, A, B, C, D, dt_bias, documents, (dt_min, dt_max))
         call.cut(call.tuning.tile * call.tuning.tiles)
-        dy = _addressable(dy)
+        dy = dy.contiguous()  # it shares dx's offsets
         states, dstates, products, dinitial = _states(call, dy, initial_state.contiguous(), dfinal)
         return _gradients(call, dy, states, dstates, products, dinitial)
 
@@ -297,13 +307,14 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     pairs = t.tiles * (t.tiles + 1) // 2
     tiles = call.batch * call.chunks * t.tiles
     vector = (call.batch, call.heads, call.padded)
-    given, taken, cross, own, to_states = sums(5, *vector)
-    skip, dscores = sums(tiles, call.heads), sums(call.batch * call.chunks * call.groups * parts, pairs, t.tile, t.tile)
+    given, taken, cross, own, skip, to_states = sums(6, *vector)
+    dscores = sums(call.batch * call.chunks * call.groups * parts, pairs, t.tile, t.tile)
     shape = {"HEADS": t.heads, "TILES": t.tiles, "TILE": t.tile, "P": call.P}
     kernels.ssd_inside[(tiles * call.groups * parts,)](
         x, dy, B, C, call.D, *call.vectors, dstates, dx, dscores, given, taken, cross, own, to_states, skip,
-        *x.stride()[:3], *dy.stride()[:3], *B.stride()[:3], *call.sizes(), parts,
-        HAS_D=call.D is not None, MASKED=call.masked(call.chunk, call.P, call.N), N=call.N, **shape, **call.flags(), **t.inside.options(),
+        *x.stride()[:3], *B.stride()[:3], *call.sizes(), parts,
+        HAS_D=call.D is not None, MASKED=call.masked(call.chunk, call.P, call.N), KEEP=t.keep,
+        N=call.N, **shape, **call.flags(), **t.inside.options(),
     )  # fmt: skip
     N = min(call.N, 128)
     blocks = -(-call.state // N)
@@ -311,7 +322,7 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     dB_parts, dC_parts = sums(2, tiles * call.groups * parts, t.tile, call.state)
     kernels.ssd_edges[(2 * tiles * call.groups * parts, blocks)](
         x, dy, C, *call.vectors, states, dstates, dB_parts, dC_parts, from_states,
-        *x.stride()[:3], *dy.stride()[:3], *C.stride()[:3], given.numel(), *call.sizes(), parts,
+        *x.stride()[:3], *C.stride()[:3], given.numel(), *call.sizes(), parts,
         MASKED=call.masked(call.chunk, call.P, N), N=N, **shape, **call.flags(), **t.edges.options(),
     )  # fmt: skip
     kernels.ssd_gather[(2 * tiles * call.groups, blocks)](

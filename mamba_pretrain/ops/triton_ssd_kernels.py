@@ -126,7 +126,7 @@ def ssd_forward(
     if HAS_D:
         skip = tl.load(D_ptr + head)
     first = segment.to(tl.int64) * segment_chunks
-    for i in range(0, tl.minimum(segment_chunks, chunks - segment * segment_chunks)):
+    for i in range(tl.minimum(segment_chunks, chunks - segment * segment_chunks)):
         start = (first + i) * CHUNK
         inside = within < length - start
         x_mask, BC_mask = inside[:, None] & has_channel[None, :], inside[:, None] & has_state[None, :]
@@ -170,12 +170,14 @@ def ssd_states(
     u_batch, u_row, u_head, BC_batch, BC_row, BC_group,
     length, padded, heads, per_group, headdim, state, chunks, segments, segment_chunks,
     REVERSE: tl.constexpr, WRITE: tl.constexpr, STORE_END: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_EDGE: tl.constexpr,
-    EXACT: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, P: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The states before every chunk from u = x, V = B; REVERSE: their gradients after every chunk from u = dy, V = C.
 
     WRITE stores them, and on the way back what decays over whole chunks do to the loss (the gradient of c_end that goes through them);
-    STORE_END stores where a segment's state ends up, and without WRITE also by how much the segment lets a state decay.
+    STORE_END stores where a segment's state ends up, and without WRITE also by how much the segment lets a state decay. WIDTH is the channels of
+    a head, for where MASKED is false.
     """
     head = tl.program_id(0) % heads
     segment = tl.program_id(0) // heads % segments
@@ -196,7 +198,7 @@ def ssd_states(
     first = segment.to(tl.int64) * segment_chunks
     count = tl.minimum(segment_chunks, chunks - segment * segment_chunks)
     decay = 1.0
-    for i in range(0, count):
+    for i in range(count):
         chunk = first + i
         if REVERSE:
             chunk = first + count - 1 - i
@@ -220,7 +222,7 @@ def ssd_states(
             weight = tl.where(document == (previous if REVERSE else last), weight, 0.0)
         if WRITE:
             of_chunk = ((batch * chunks + chunk) * heads + head) * headdim * state
-            in_state = states[:, None] * headdim + channels[None, :]
+            in_state = states[:, None] * (headdim if MASKED else WIDTH) + channels[None, :]
             _store(states_ptr + of_chunk, in_state, S, state_mask, MASKED)
             if REVERSE:
                 before = _load(before_ptr + of_chunk, in_state, state_mask, MASKED).to(tl.float32)
@@ -242,25 +244,23 @@ def ssd_states(
 
 
 @triton.jit
-def _sent(
-    x, dy, scores, dscores, dx, apart, joined, diagonal, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _sent(x, dy, scores, dscores, dx, apart, joined, PRECISION: tl.constexpr):
     """Adds what steps j send to steps i of one tile: to dx and the scores' gradient. Returns them with dy x^T and what flows from j to i."""
     decay = tl.exp2(tl.where(joined, apart, float("-inf")))
-    mixing = scores * decay
     dmixing = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
-    dx = tl.dot(mixing.to(dy.dtype), dy, dx, input_precision=PRECISION)
-    return dx, dscores + dmixing * decay, dmixing, dmixing * mixing
+    dx = tl.dot((scores * decay).to(dy.dtype), dy, dx, input_precision=PRECISION)
+    change = dmixing * decay
+    return dx, dscores + change, dmixing, change * scores
 
 
 @triton.jit
 def _inside(
     x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
     dx_ptr, dscores_ptr, given_ptr, taken_ptr, cross_ptr, own_ptr, to_states_ptr, skip_ptr,
-    x_row, x_head, dy_row, dy_head, BC_row,
+    x_row, x_head, BC_row,
     batch, start, first_head, head_count, length, padded, heads, headdim, state,
     HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
-    J: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, J: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tile J of a chunk that begins at ``start``: as the source j of what it sends to the steps i of its own tile and of the next."""
     CROSS: tl.constexpr = J + 1 < TILES
@@ -274,12 +274,12 @@ def _inside(
     B = _load(B_ptr + begin * BC_row, in_BC, inside[:, None] & has_state[None, :], MASKED)
     C = _load(C_ptr + begin * BC_row, in_BC, inside[:, None] & has_state[None, :], MASKED)
     scores = tl.dot(B, tl.trans(C), input_precision=PRECISION)  # (j, i), as everything here
+    own_scores = tl.sum(tl.where(diagonal, scores, 0.0), axis=1)
     dscores = tl.zeros((TILE, TILE), dtype=tl.float32)
     if CROSS:
-        C = _load(C_ptr + (begin + TILE) * BC_row, in_BC, inside_next[:, None] & has_state[None, :], MASKED)
-        scores_next = tl.dot(B, tl.trans(C), input_precision=PRECISION)
+        C_next = _load(C_ptr + (begin + TILE) * BC_row, in_BC, inside_next[:, None] & has_state[None, :], MASKED)
+        scores_next = tl.dot(B, tl.trans(C_next), input_precision=PRECISION)
         dscores_next = tl.zeros((TILE, TILE), dtype=tl.float32)
-    own_scores = tl.sum(tl.where(diagonal, scores, 0.0), axis=1)
     joined, joined_next = causal, within[:, None] >= 0
     if HAS_DOCUMENTS:
         documents_ptr += batch * length
@@ -288,13 +288,13 @@ def _inside(
         joined = causal & (document[:, None] == document[None, :])
         if CROSS:
             joined_next = document[:, None] == tl.load(documents_ptr + begin + TILE + within, mask=inside_next, other=-1)[None, :]
-    dx_row = heads * headdim
-    for i in range(0, head_count):
+    dy_row = heads * headdim
+    for i in range(head_count):
         head = first_head + i
         vectors = (batch * heads + head) * padded
         at, end_at = vectors + begin + within, vectors + start + TILES * TILE - 1
         # Through the state after the chunk.
-        in_state = states[:, None] * headdim + channels[None, :]
+        in_state = states[:, None] * (headdim if MASKED else P) + channels[None, :]
         dS = _load(dstates_ptr + head * headdim * state, in_state, has_state[:, None] & has_channel[None, :], MASKED)
         dx = tl.dot(B, dS, input_precision=PRECISION)
         sources = tl.load(sources_ptr + at)
@@ -309,11 +309,14 @@ def _inside(
         x = _load(x_ptr + begin * x_row + head * x_head, within[:, None] * x_row + channels[None, :], x_mask, MASKED)
         tl.store(to_states_ptr + at, tl.sum(dx * x.to(tl.float32), axis=1))
         # Through the steps of this tile. A step's own share flows nowhere.
-        dy = _load(dy_ptr + begin * dy_row + head * dy_head, within[:, None] * dy_row + channels[None, :], x_mask, MASKED)
+        dy_rows = dy_ptr + (batch * length + begin) * dy_row + head * headdim
+        dy = _load(dy_rows, within[:, None] * dy_row + channels[None, :], x_mask, MASKED)
         apart = tl.load(sums_ptr + at)[None, :] - sources[:, None]
         if EXACT:
             apart += tl.load(low_sums_ptr + at)[None, :] - low[:, None]
-        dx, dscores, dmixing, flow = _sent(x, dy, scores, dscores, dx, apart, joined, diagonal, PRECISION)
+        if not KEEP:  # from a zero that no compiler lifts out of the loop
+            scores = tl.dot(B, tl.trans(C), tl.zeros((TILE, TILE), tl.float32) + tl.minimum(i, 0), input_precision=PRECISION)
+        dx, dscores, dmixing, flow = _sent(x, dy, scores, dscores, dx, apart, joined, PRECISION)
         own = tl.sum(tl.where(diagonal, dmixing, 0.0), axis=1)
         flow = tl.where(diagonal, 0.0, flow)
         given = tl.sum(flow, axis=1)
@@ -321,20 +324,21 @@ def _inside(
         tl.store(own_ptr + at, own * own_scores)
         if HAS_D:
             dx += tl.load(D_ptr + head) * dy.to(tl.float32)
-            tl.store(skip_ptr + head, tl.sum(own))
+            tl.store(skip_ptr + at, own)
         # Through those of the next.
         if CROSS:
-            ahead = (begin + TILE) * dy_row + head * dy_head
-            dy = _load(dy_ptr + ahead, within[:, None] * dy_row + channels[None, :], next_mask, MASKED)
+            dy = _load(dy_rows + TILE * dy_row, within[:, None] * dy_row + channels[None, :], next_mask, MASKED)
             apart = tl.load(sums_ptr + at + TILE)[None, :] - sources[:, None]
             if EXACT:
                 apart += tl.load(low_sums_ptr + at + TILE)[None, :] - low[:, None]
-            dx, dscores_next, dmixing, flow = _sent(x, dy, scores_next, dscores_next, dx, apart, joined_next, diagonal, PRECISION)
+            if not KEEP:
+                scores_next = tl.dot(B, tl.trans(C_next), tl.zeros((TILE, TILE), tl.float32) + tl.minimum(i, 0), input_precision=PRECISION)
+            dx, dscores_next, dmixing, flow = _sent(x, dy, scores_next, dscores_next, dx, apart, joined_next, PRECISION)
             given += tl.sum(flow, axis=1)
             tl.store(cross_ptr + at + TILE, tl.sum(flow, axis=0))
         tl.store(given_ptr + at, given)
-        dx_rows = dx_ptr + (batch * length + begin) * dx_row + head * headdim
-        _store(dx_rows, within[:, None] * dx_row + channels[None, :], dx, x_mask, MASKED)
+        dx_rows = dx_ptr + (batch * length + begin) * dy_row + head * headdim
+        _store(dx_rows, within[:, None] * dy_row + channels[None, :], dx, x_mask, MASKED)
     pair: tl.constexpr = J * TILES - J * (J - 1) // 2  # of (J, J); that of (J, J + 1) follows
     square = within[:, None] * TILE + within[None, :]
     tl.store(dscores_ptr + pair * TILE * TILE + square, dscores)
@@ -346,13 +350,14 @@ def _inside(
 def ssd_inside(
     x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
     dx_ptr, dscores_ptr, given_ptr, taken_ptr, cross_ptr, own_ptr, to_states_ptr, skip_ptr,
-    x_batch, x_row, x_head, dy_batch, dy_row, dy_head, BC_batch, BC_row, BC_group,
+    x_batch, x_row, x_head, BC_batch, BC_row, BC_group,
     length, padded, heads, per_group, headdim, state, chunks, parts,
-    HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
     HEADS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the steps of a tile send to later steps of its chunk and to the state after it, for HEADS heads of a group, one after the other:
     dx, the gradient of the scores (summed over these heads), and what each step gives to and takes from the gradients of step and sum.
+    KEEP holds the scores C B^T in registers; without, they are computed anew for every head.
     """
     index, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     part, group = index % parts, index // parts % (heads // per_group)
@@ -361,28 +366,26 @@ def ssd_inside(
     first_head = group.to(tl.int64) * per_group + part * HEADS
     head_count = tl.minimum(HEADS, per_group - part * HEADS)
     x_ptr += batch * x_batch
-    dy_ptr += batch * dy_batch
     B_ptr += batch * BC_batch + group.to(tl.int64) * BC_group
     C_ptr += batch * BC_batch + group.to(tl.int64) * BC_group
     dstates_ptr += (batch * chunks + chunk) * heads * headdim * state
     dscores_ptr += index.to(tl.int64) * (TILES * (TILES + 1) // 2 * TILE * TILE)
-    skip_ptr += ((batch * chunks + chunk) * TILES + tile) * heads
     start = (chunk * (TILES * TILE)).to(tl.int64)
     if tile < TILES - 1:
         _inside(
             x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
             dx_ptr, dscores_ptr, given_ptr, taken_ptr, cross_ptr, own_ptr, to_states_ptr, skip_ptr,
-            x_row, x_head, dy_row, dy_head, BC_row,
+            x_row, x_head, BC_row,
             batch, start, first_head, head_count, length, padded, heads, headdim, state,
-            HAS_D, HAS_DOCUMENTS, EXACT, MASKED, 0, TILES, TILE, P, N, PRECISION,
+            HAS_D, HAS_DOCUMENTS, EXACT, MASKED, KEEP, 0, TILES, TILE, P, N, PRECISION,
         )  # fmt: skip
     else:
         _inside(
             x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
             dx_ptr, dscores_ptr, given_ptr, taken_ptr, cross_ptr, own_ptr, to_states_ptr, skip_ptr,
-            x_row, x_head, dy_row, dy_head, BC_row,
+            x_row, x_head, BC_row,
             batch, start, first_head, head_count, length, padded, heads, headdim, state,
-            HAS_D, HAS_DOCUMENTS, EXACT, MASKED, TILES - 1, TILES, TILE, P, N, PRECISION,
+            HAS_D, HAS_DOCUMENTS, EXACT, MASKED, KEEP, TILES - 1, TILES, TILE, P, N, PRECISION,
         )  # fmt: skip
 
 
@@ -390,7 +393,7 @@ def ssd_inside(
 def ssd_edges(
     x_ptr, dy_ptr, C_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, states_ptr, dstates_ptr,
     dB_ptr, dC_ptr, from_states_ptr,
-    x_batch, x_row, x_head, dy_batch, dy_row, dy_head, BC_batch, BC_row, BC_group,
+    x_batch, x_row, x_head, BC_batch, BC_row, BC_group,
     vector_size, length, padded, heads, per_group, headdim, state, chunks, parts,
     HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
     HEADS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
@@ -411,7 +414,7 @@ def ssd_edges(
     x_mask, BC_mask = inside[:, None] & has_channel[None, :], inside[:, None] & has_state[None, :]
     state_mask = has_state[:, None] & has_channel[None, :]
     of_state = (batch * chunks + chunk) * heads * headdim * state
-    in_state = states[:, None] * headdim + channels[None, :]
+    in_state = states[:, None] * (headdim if MASKED else P) + channels[None, :]
     vectors = batch * heads * padded
     total = tl.zeros((TILE, N), dtype=tl.float32)
     of_part = (((batch * chunks + chunk) * TILES + tile) * (heads // per_group) + group) * parts + part
@@ -425,14 +428,14 @@ def ssd_edges(
         from_states_ptr += tl.program_id(1).to(tl.int64) * vector_size
         if HAS_DOCUMENTS:
             same = document == tl.load(documents_ptr + start - 1, mask=start > 0, other=0)
-        for i in range(0, head_count):
+        for i in range(head_count):
             head = first_head + i
             at = vectors + head * padded + begin + within
             weight = tl.exp2(tl.load(sums_ptr + at))
             if HAS_DOCUMENTS:
                 weight = tl.where(same, weight, 0.0)
-            dy_rows = dy_ptr + batch * dy_batch + begin * dy_row + head * dy_head
-            dy = _load(dy_rows, within[:, None] * dy_row + channels[None, :], x_mask, MASKED)
+            dy_rows = dy_ptr + (batch * length + begin) * (heads * headdim) + head * headdim
+            dy = _load(dy_rows, within[:, None] * (heads * headdim) + channels[None, :], x_mask, MASKED)
             S = _load(states_ptr + of_state + head * headdim * state, in_state, state_mask, MASKED)
             found = tl.dot((dy.to(tl.float32) * weight[:, None]).to(dy.dtype), tl.trans(S), input_precision=PRECISION)
             total += found
@@ -441,7 +444,7 @@ def ssd_edges(
     else:
         if HAS_DOCUMENTS:
             same = document == tl.load(documents_ptr + tl.minimum(start + TILES * TILE, length) - 1)
-        for i in range(0, head_count):
+        for i in range(head_count):
             head = first_head + i
             at, end_at = vectors + head * padded + begin + within, vectors + head * padded + start + TILES * TILE - 1
             to_end = tl.load(sums_ptr + end_at) - tl.load(sources_ptr + at)
@@ -480,7 +483,9 @@ def ssd_gather(
     parts_ptr += (((batch * chunks + chunk) * TILES + tile) * groups + group) * parts * (TILE * state)
     found = tl.zeros((TILE, N), dtype=tl.float32)
     for part in range(parts):
-        found += tl.load(parts_ptr + part * (TILE * state) + (within[:, None] * state + states[None, :]), mask=has_state[None, :], other=0.0)
+        found += tl.load(
+            parts_ptr + part * (TILE * state) + (within[:, None] * state + states[None, :]), mask=has_state[None, :], other=0.0
+        )
     for i in range(tl.where(of_C == 0, tile, 0), tl.where(of_C == 0, TILES, tile + 1)):
         earlier, later = tl.minimum(tile, i), tl.maximum(tile, i)
         pair = earlier * TILES - earlier * (earlier - 1) // 2 + later - earlier
@@ -529,7 +534,7 @@ def ssd_finish(
         taken += tl.load(cross_ptr + at, mask=mask & (within >= TILE)[None, :], other=0.0)
     to_states = tl.load(to_states_ptr + at, mask=mask, other=0.0)
     from_states = tl.zeros((HEADS, TILES * TILE), dtype=tl.float64)
-    for block in range(from_blocks):
+    for _ in range(from_blocks):
         from_states += tl.load(from_states_ptr + at, mask=mask, other=0.0)
         from_states_ptr += vector_size
     product = tl.zeros((HEADS,), dtype=tl.float64)
@@ -556,7 +561,5 @@ def ssd_finish(
     if HAS_BIAS:
         tl.store(sums_ptr + batches * chunks * heads + of_chunk, tl.sum(ddt, axis=1), mask=present)
     if HAS_D:
-        skip = tl.zeros((HEADS,), dtype=tl.float32)
-        for tile in range(TILES):
-            skip += tl.load(skip_ptr + ((batch * chunks + chunk) * TILES + tile) * heads + columns, mask=present, other=0.0)
-        tl.store(sums_ptr + 2 * batches * chunks * heads + of_chunk, skip, mask=present)
+        skip = tl.load(skip_ptr + at, mask=mask, other=0.0)
+        tl.store(sums_ptr + 2 * batches * chunks * heads + of_chunk, tl.sum(skip, axis=1), mask=present)

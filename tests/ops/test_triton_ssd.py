@@ -16,7 +16,9 @@ from mamba_pretrain.ops import registry, triton_ssd
 from mamba_pretrain.ops.ssd_scan import ssd_scan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess that test_interpreted_on_cpu starts, with TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="runs in the subprocess that test_interpreted_on_cpu starts, with TRITON_INTERPRET=1"
+)
 # dA's share inside a chunk is a difference of sums, where steps of 25 stand beside steps of 1e-3: in fp32 that shows.
 FP32 = 1e-4
 SMALL = {"batch": 1, "heads": 3, "groups": 1, "tolerance": FP32}  # for the interpreter, which takes seconds
@@ -41,7 +43,9 @@ def short_segments(monkeypatch):
     monkeypatch.setattr(triton_ssd, "cores", lambda device: 1000)
 
 
-def operands(batch: int, length: int, heads: int, width: int, groups: int, state: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def operands(
+    batch: int, length: int, heads: int, width: int, groups: int, state: int, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
     """Random inputs as a Mamba-2 mixer has them: x, B and C parts of one tensor, dt of another."""
     torch.manual_seed(0)
     sizes = [heads * width, groups * state, groups * state]
@@ -153,16 +157,18 @@ def interpret(tests: str) -> None:
     assert "passed" in result.stdout
 
 
-without_triton = pytest.mark.skipif(INTERPRETED or importlib.util.find_spec("triton") is None, reason="triton is not installed, or this is the subprocess")
+without_triton = pytest.mark.skipif(
+    INTERPRETED or importlib.util.find_spec("triton") is None, reason="triton is not installed, or this is the subprocess"
+)
 
 
-@without_triton
+@starts_interpreter
 def test_interpreted_on_cpu():
     interpret("in_the_interpreter and not all_cases")
 
 
 @pytest.mark.slow
-@without_triton
+@starts_interpreter
 def test_all_cases_interpreted_on_cpu():
     interpret("all_cases_in_the_interpreter")
 

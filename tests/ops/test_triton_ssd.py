@@ -157,9 +157,8 @@ def interpret(tests: str) -> None:
     assert "passed" in result.stdout
 
 
-without_triton = pytest.mark.skipif(
-    INTERPRETED or importlib.util.find_spec("triton") is None, reason="triton is not installed, or this is the subprocess"
-)
+NOT_HERE = INTERPRETED or importlib.util.find_spec("triton") is None
+starts_interpreter = pytest.mark.skipif(NOT_HERE, reason="triton is not installed, or this is the subprocess")
 
 
 @starts_interpreter

@@ -18,6 +18,7 @@ from mamba_pretrain.ops.common import document_numbers, triton_unsupported
 from mamba_pretrain.ops.scan_autograd import register_gradients
 
 MAX_HEADDIM, MAX_STATE = 128, 256
+MAX_STATE_BYTES = 65536  # of a head
 SHORTEST_SEGMENT = 1024  # steps
 
 
@@ -35,7 +36,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Steps a chunk of the forward pass; of the backward pass steps a tile, tiles a chunk (1 or 2) and heads a program; launches by kernel.
+    """Steps a chunk of the forward pass; of the backward pass steps a tile, tiles a chunk (1 or 2) and most heads a program; launches by kernel.
 
     ``state_block``: most elements of a state that a program of the passes along the length holds. ``keep``: see ``ssd_inside``.
     """
@@ -84,6 +85,8 @@ def unsupported(request: registry.Request) -> str | None:
     x, state = request["x"], request["B"].shape[3]
     if x.shape[3] > MAX_HEADDIM or state > MAX_STATE:
         return f"it has at most {MAX_HEADDIM} channels a head and {MAX_STATE} states, not {x.shape[3]} and {state}"
+    if (size := _block(x.shape[3]) * _block(state) * x.element_size()) > MAX_STATE_BYTES:
+        return f"a head's state must fit in {MAX_STATE_BYTES} bytes, not {size}"
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return "Triton's interpreter has no products in bf16"
     if x.numel() == 0 or x.shape[0] > 65535:
@@ -303,16 +306,18 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     def sums(*shape: int) -> Tensor:
         return new(shape, dtype=torch.float32)
 
-    parts = -(-(call.heads // call.groups) // t.heads)  # programs that share a group
+    per_group = call.heads // call.groups
+    parts = -(-per_group // t.heads)  # programs that share a group
+    share = parts, -(-per_group // parts)
     pairs = t.tiles * (t.tiles + 1) // 2
     tiles = call.batch * call.chunks * t.tiles
     vector = (call.batch, call.heads, call.padded)
     given, taken, cross, own, skip, to_states = sums(6, *vector)
     dscores = sums(call.batch * call.chunks * call.groups * parts, pairs, t.tile, t.tile)
-    shape = {"HEADS": t.heads, "TILES": t.tiles, "TILE": t.tile, "P": call.P}
+    shape = {"TILES": t.tiles, "TILE": t.tile, "P": call.P}
     kernels.ssd_inside[(tiles * call.groups * parts,)](
         x, dy, B, C, call.D, *call.vectors, dstates, dx, dscores, given, taken, cross, own, to_states, skip,
-        *x.stride()[:3], *B.stride()[:3], *call.sizes(), parts,
+        *x.stride()[:3], *B.stride()[:3], *call.sizes(), *share,
         HAS_D=call.D is not None, MASKED=call.masked(call.chunk, call.P, call.N), KEEP=t.keep,
         N=call.N, **shape, **call.flags(), **t.inside.options(),
     )  # fmt: skip
@@ -322,7 +327,7 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     dB_parts, dC_parts = sums(2, tiles * call.groups * parts, t.tile, call.state)
     kernels.ssd_edges[(2 * tiles * call.groups * parts, blocks)](
         x, dy, C, *call.vectors, states, dstates, dB_parts, dC_parts, from_states,
-        *x.stride()[:3], *C.stride()[:3], given.numel(), *call.sizes(), parts,
+        *x.stride()[:3], *C.stride()[:3], given.numel(), *call.sizes(), *share,
         MASKED=call.masked(call.chunk, call.P, N), N=N, **shape, **call.flags(), **t.edges.options(),
     )  # fmt: skip
     kernels.ssd_gather[(2 * tiles * call.groups, blocks)](

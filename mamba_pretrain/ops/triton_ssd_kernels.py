@@ -311,6 +311,8 @@ def _inside(
         # Through the steps of this tile. A step's own share flows nowhere.
         dy_rows = dy_ptr + (batch * length + begin) * dy_row + head * headdim
         dy = _load(dy_rows, within[:, None] * dy_row + channels[None, :], x_mask, MASKED)
+        if HAS_D:
+            dx += tl.load(D_ptr + head) * dy.to(tl.float32)
         apart = tl.load(sums_ptr + at)[None, :] - sources[:, None]
         if EXACT:
             apart += tl.load(low_sums_ptr + at)[None, :] - low[:, None]
@@ -323,7 +325,6 @@ def _inside(
         tl.store(taken_ptr + at, tl.sum(flow, axis=0))
         tl.store(own_ptr + at, own * own_scores)
         if HAS_D:
-            dx += tl.load(D_ptr + head) * dy.to(tl.float32)
             tl.store(skip_ptr + at, own)
         # Through those of the next.
         if CROSS:
@@ -351,11 +352,11 @@ def ssd_inside(
     x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
     dx_ptr, dscores_ptr, given_ptr, taken_ptr, cross_ptr, own_ptr, to_states_ptr, skip_ptr,
     x_batch, x_row, x_head, BC_batch, BC_row, BC_group,
-    length, padded, heads, per_group, headdim, state, chunks, parts,
+    length, padded, heads, per_group, headdim, state, chunks, parts, part_heads,
     HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
-    HEADS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the steps of a tile send to later steps of its chunk and to the state after it, for HEADS heads of a group, one after the other:
+    """What the steps of a tile send to later steps of its chunk and to the state after it, for part_heads heads of a group, one after the other:
     dx, the gradient of the scores (summed over these heads), and what each step gives to and takes from the gradients of step and sum.
     KEEP holds the scores C B^T in registers; without, they are computed anew for every head.
     """
@@ -363,8 +364,8 @@ def ssd_inside(
     part, group = index % parts, index // parts % (heads // per_group)
     chunk = index // parts // (heads // per_group) % chunks
     batch = (index // parts // (heads // per_group) // chunks).to(tl.int64)
-    first_head = group.to(tl.int64) * per_group + part * HEADS
-    head_count = tl.minimum(HEADS, per_group - part * HEADS)
+    first_head = group.to(tl.int64) * per_group + part * part_heads
+    head_count = tl.minimum(part_heads, per_group - part * part_heads)
     x_ptr += batch * x_batch
     B_ptr += batch * BC_batch + group.to(tl.int64) * BC_group
     C_ptr += batch * BC_batch + group.to(tl.int64) * BC_group
@@ -394,18 +395,18 @@ def ssd_edges(
     x_ptr, dy_ptr, C_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, states_ptr, dstates_ptr,
     dB_ptr, dC_ptr, from_states_ptr,
     x_batch, x_row, x_head, BC_batch, BC_row, BC_group,
-    vector_size, length, padded, heads, per_group, headdim, state, chunks, parts,
+    vector_size, length, padded, heads, per_group, headdim, state, chunks, parts, part_heads,
     HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
-    HEADS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients through the states before and after a chunk, of one tile, summed over HEADS heads of a group: of C (even programs) and B (odd)."""
+    """Gradients through the states before and after a chunk, of one tile, summed over part_heads heads of a group: of C (even programs) and B (odd)."""
     index = tl.program_id(0) // 2
     tile, index = index % TILES, index // TILES
     part, group = index % parts, index // parts % (heads // per_group)
     chunk = index // parts // (heads // per_group) % chunks
     batch = (index // parts // (heads // per_group) // chunks).to(tl.int64)
-    first_head = group.to(tl.int64) * per_group + part * HEADS
-    head_count = tl.minimum(HEADS, per_group - part * HEADS)
+    first_head = group.to(tl.int64) * per_group + part * part_heads
+    head_count = tl.minimum(part_heads, per_group - part * part_heads)
     within, channels, states = tl.arange(0, TILE), tl.arange(0, P), tl.program_id(1) * N + tl.arange(0, N)
     has_channel, has_state = channels < headdim, states < state
     start = (chunk * (TILES * TILE)).to(tl.int64)

@@ -84,6 +84,8 @@ def test_what_cannot_be_served_is_said_in_words(monkeypatch):
     )
     assert "no products in bf16" in triton_ssd.unsupported(registry.Request({**arguments, "x": arguments["x"].bfloat16()}))
     assert triton_ssd.unsupported(registry.Request(arguments)) is None
+    wide = {"x": torch.zeros(1, 4, 2, 128), "B": torch.zeros(1, 4, 1, 256)}
+    assert "fit in 65536 bytes, not 131072" in triton_ssd.unsupported(registry.Request({**arguments, **wide}))
 
 
 def test_tracing_knows_the_shapes():
@@ -185,6 +187,8 @@ def test_cases(ssd_scan_case, check_ssd_scan, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("headdim", "state"), SHAPES)
 def test_widths(ssd_cases, check_ssd_scan, headdim, state, dtype):
+    if headdim * state * dtype.itemsize > triton_ssd.MAX_STATE_BYTES:
+        pytest.skip("refused")
     for name in ("starts-beside-chunk-edges", "odd-length", "large-chunks"):
         check_ssd_scan(ssd_cases[name], "triton", device="cuda", dtype=dtype, headdim=headdim, state=state, tolerance=tolerance(dtype))
 

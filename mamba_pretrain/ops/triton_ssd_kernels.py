@@ -399,7 +399,7 @@ def ssd_edges(
     HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
     TILES: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients through the states before and after a chunk, of one tile, summed over part_heads heads of a group: of C (even programs) and B (odd)."""
+    """Gradients through the states before and after a chunk, of one tile, summed over part_heads heads: of C (even programs) and B (odd)."""
     index = tl.program_id(0) // 2
     tile, index = index % TILES, index // TILES
     part, group = index % parts, index // parts % (heads // per_group)

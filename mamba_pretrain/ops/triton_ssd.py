@@ -312,11 +312,11 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     pairs = t.tiles * (t.tiles + 1) // 2
     tiles = call.batch * call.chunks * t.tiles
     vector = (call.batch, call.heads, call.padded)
-    given, taken, cross, own, skip, to_states = sums(6, *vector)
+    shares, (taken, cross) = sums(*vector, 4), sums(2, *vector)
     dscores = sums(call.batch * call.chunks * call.groups * parts, pairs, t.tile, t.tile)
     shape = {"TILES": t.tiles, "TILE": t.tile, "P": call.P}
     kernels.ssd_inside[(tiles * call.groups * parts,)](
-        x, dy, B, C, call.D, *call.vectors, dstates, dx, dscores, given, taken, cross, own, to_states, skip,
+        x, dy, B, C, call.D, *call.vectors, dstates, dx, dscores, shares, taken, cross,
         *x.stride()[:3], *B.stride()[:3], *call.sizes(), *share,
         HAS_D=call.D is not None, MASKED=call.masked(call.chunk, call.P, call.N), KEEP=t.keep,
         N=call.N, **shape, **call.flags(), **t.inside.options(),
@@ -327,7 +327,7 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     dB_parts, dC_parts = sums(2, tiles * call.groups * parts, t.tile, call.state)
     kernels.ssd_edges[(2 * tiles * call.groups * parts, blocks)](
         x, dy, C, *call.vectors, states, dstates, dB_parts, dC_parts, from_states,
-        *x.stride()[:3], *C.stride()[:3], given.numel(), *call.sizes(), *share,
+        *x.stride()[:3], *C.stride()[:3], taken.numel(), *call.sizes(), *share,
         MASKED=call.masked(call.chunk, call.P, N), N=N, **shape, **call.flags(), **t.edges.options(),
     )  # fmt: skip
     kernels.ssd_gather[(2 * tiles * call.groups, blocks)](
@@ -336,8 +336,8 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     )  # fmt: skip
     by_chunk = sums(3, call.batch * call.chunks, call.heads)
     kernels.ssd_finish[(call.batch * call.chunks, -(-call.heads // PREPARE_HEADS))](
-        call.dt, call.A, call.bias, call.documents, given, taken, cross, own, to_states, from_states, products, skip, ddt, by_chunk,
-        *call.dt.stride(), given.numel(), call.batch, call.length, call.padded, call.heads, call.chunks, blocks, len(products), *call.limits,
+        call.dt, call.A, call.bias, call.documents, shares, taken, cross, from_states, products, ddt, by_chunk,
+        *call.dt.stride(), taken.numel(), call.batch, call.length, call.padded, call.heads, call.chunks, blocks, len(products), *call.limits,
         HAS_BIAS=call.bias is not None, HAS_D=call.D is not None, HAS_DOCUMENTS=call.documents is not None,
         TILES=t.tiles, TILE=t.tile, HEADS=PREPARE_HEADS, num_warps=4,
     )  # fmt: skip

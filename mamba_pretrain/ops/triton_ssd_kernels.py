@@ -205,6 +205,12 @@ def ssd_states(
         start = chunk * CHUNK
         inside = within < length - start
         at, end_at = vectors + start + within, vectors + start + CHUNK - 1
+        if WRITE:
+            of_chunk = ((batch * chunks + chunk) * heads + head) * headdim * state
+            in_state = states[:, None] * (headdim if MASKED else WIDTH) + channels[None, :]
+            if REVERSE:
+                before = _load(before_ptr + of_chunk, in_state, state_mask, MASKED)
+            _store(states_ptr + of_chunk, in_state, S, state_mask, MASKED)
         end = tl.load(sums_ptr + end_at)
         kept = tl.exp2(end)
         if REVERSE:
@@ -220,21 +226,16 @@ def ssd_states(
             last = tl.load(documents_ptr + tl.minimum(start + CHUNK, length) - 1)
             kept = tl.where(previous == last, kept, 0.0)
             weight = tl.where(document == (previous if REVERSE else last), weight, 0.0)
-        if WRITE:
-            of_chunk = ((batch * chunks + chunk) * heads + head) * headdim * state
-            in_state = states[:, None] * (headdim if MASKED else WIDTH) + channels[None, :]
-            _store(states_ptr + of_chunk, in_state, S, state_mask, MASKED)
-            if REVERSE:
-                before = _load(before_ptr + of_chunk, in_state, state_mask, MASKED).to(tl.float32)
-                block = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
-                batches = tl.num_programs(0) // heads // segments
-                of_product = ((block * batches + batch) * heads + head) * chunks + chunk
-                tl.store(products_ptr + of_product, tl.sum(S * before) * kept)
-        else:
-            decay *= kept
         u_mask, V_mask = inside[:, None] & has_channel[None, :], inside[:, None] & has_state[None, :]
         u = _load(u_ptr + start * u_row, within[:, None] * u_row + channels[None, :], u_mask, MASKED)
         V = _load(V_ptr + start * BC_row, within[:, None] * BC_row + states[None, :], V_mask, MASKED)
+        if not WRITE:
+            decay *= kept
+        elif REVERSE:
+            block = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+            batches = tl.num_programs(0) // heads // segments
+            of_product = ((block * batches + batch) * heads + head) * chunks + chunk
+            tl.store(products_ptr + of_product, tl.sum(S * before.to(tl.float32)) * kept)
         added = (u.to(tl.float32) * weight[:, None]).to(u.dtype)
         S = tl.dot(tl.trans(V), added, S * kept, input_precision=PRECISION)
     if STORE_END:
@@ -256,7 +257,7 @@ def _sent(x, dy, scores, dscores, dx, apart, joined, PRECISION: tl.constexpr):
 @triton.jit
 def _inside(
     x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
-    dx_ptr, dscores_ptr, given_ptr, taken_ptr, cross_ptr, own_ptr, to_states_ptr, skip_ptr,
+    dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
     x_row, x_head, BC_row,
     batch, start, first_head, head_count, length, padded, heads, headdim, state,
     HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
@@ -307,7 +308,7 @@ def _inside(
             to_end = tl.where(document == last, to_end, 0.0)
         dx *= to_end[:, None]
         x = _load(x_ptr + begin * x_row + head * x_head, within[:, None] * x_row + channels[None, :], x_mask, MASKED)
-        tl.store(to_states_ptr + at, tl.sum(dx * x.to(tl.float32), axis=1))
+        to_states = tl.sum(dx * x.to(tl.float32), axis=1)
         # Through the steps of this tile. A step's own share flows nowhere.
         dy_rows = dy_ptr + (batch * length + begin) * dy_row + head * headdim
         dy = _load(dy_rows, within[:, None] * dy_row + channels[None, :], x_mask, MASKED)
@@ -323,9 +324,6 @@ def _inside(
         flow = tl.where(diagonal, 0.0, flow)
         given = tl.sum(flow, axis=1)
         tl.store(taken_ptr + at, tl.sum(flow, axis=0))
-        tl.store(own_ptr + at, own * own_scores)
-        if HAS_D:
-            tl.store(skip_ptr + at, own)
         # Through those of the next.
         if CROSS:
             dy = _load(dy_rows + TILE * dy_row, within[:, None] * dy_row + channels[None, :], next_mask, MASKED)
@@ -337,7 +335,8 @@ def _inside(
             dx, dscores_next, dmixing, flow = _sent(x, dy, scores_next, dscores_next, dx, apart, joined_next, PRECISION)
             given += tl.sum(flow, axis=1)
             tl.store(cross_ptr + at + TILE, tl.sum(flow, axis=0))
-        tl.store(given_ptr + at, given)
+        four = (at * 4)[:, None, None] + (tl.arange(0, 2) * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
+        tl.store(shares_ptr + four, tl.join(tl.join(given, own * own_scores), tl.join(to_states, own)))
         dx_rows = dx_ptr + (batch * length + begin) * dy_row + head * headdim
         _store(dx_rows, within[:, None] * dy_row + channels[None, :], dx, x_mask, MASKED)
     pair: tl.constexpr = J * TILES - J * (J - 1) // 2  # of (J, J); that of (J, J + 1) follows
@@ -350,7 +349,7 @@ def _inside(
 @triton.jit
 def ssd_inside(
     x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
-    dx_ptr, dscores_ptr, given_ptr, taken_ptr, cross_ptr, own_ptr, to_states_ptr, skip_ptr,
+    dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
     x_batch, x_row, x_head, BC_batch, BC_row, BC_group,
     length, padded, heads, per_group, headdim, state, chunks, parts, part_heads,
     HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
@@ -375,7 +374,7 @@ def ssd_inside(
     if tile < TILES - 1:
         _inside(
             x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
-            dx_ptr, dscores_ptr, given_ptr, taken_ptr, cross_ptr, own_ptr, to_states_ptr, skip_ptr,
+            dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
             x_row, x_head, BC_row,
             batch, start, first_head, head_count, length, padded, heads, headdim, state,
             HAS_D, HAS_DOCUMENTS, EXACT, MASKED, KEEP, 0, TILES, TILE, P, N, PRECISION,
@@ -383,7 +382,7 @@ def ssd_inside(
     else:
         _inside(
             x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
-            dx_ptr, dscores_ptr, given_ptr, taken_ptr, cross_ptr, own_ptr, to_states_ptr, skip_ptr,
+            dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
             x_row, x_head, BC_row,
             batch, start, first_head, head_count, length, padded, heads, headdim, state,
             HAS_D, HAS_DOCUMENTS, EXACT, MASKED, KEEP, TILES - 1, TILES, TILE, P, N, PRECISION,
@@ -505,7 +504,7 @@ def ssd_gather(
 
 @triton.jit
 def ssd_finish(
-    dt_ptr, A_ptr, bias_ptr, documents_ptr, given_ptr, taken_ptr, cross_ptr, own_ptr, to_states_ptr, from_states_ptr, products_ptr, skip_ptr,
+    dt_ptr, A_ptr, bias_ptr, documents_ptr, shares_ptr, taken_ptr, cross_ptr, from_states_ptr, products_ptr,
     ddt_ptr, sums_ptr,
     dt_batch, dt_row, dt_head, vector_size, batches, length, padded, heads, chunks, from_blocks, product_blocks, dt_min, dt_max,
     HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
@@ -529,11 +528,11 @@ def ssd_finish(
         raw += tl.load(bias_ptr + columns, mask=present, other=0.0)[:, None]
     soft = _softplus(raw)
     step = tl.minimum(tl.maximum(soft, dt_min), dt_max)
-    given = tl.load(given_ptr + at, mask=mask, other=0.0)
+    given, to_states = tl.load(shares_ptr + at * 4, mask=mask, other=0.0), tl.load(shares_ptr + at * 4 + 1, mask=mask, other=0.0)
+    own, skip = tl.load(shares_ptr + at * 4 + 2, mask=mask, other=0.0), tl.load(shares_ptr + at * 4 + 3, mask=mask, other=0.0)
     taken = tl.load(taken_ptr + at, mask=mask, other=0.0).to(tl.float64)
     if TILES > 1:
         taken += tl.load(cross_ptr + at, mask=mask & (within >= TILE)[None, :], other=0.0)
-    to_states = tl.load(to_states_ptr + at, mask=mask, other=0.0)
     from_states = tl.zeros((HEADS, TILES * TILE), dtype=tl.float64)
     for _ in range(from_blocks):
         from_states += tl.load(from_states_ptr + at, mask=mask, other=0.0)
@@ -553,7 +552,7 @@ def ssd_finish(
     earlier = to_states.to(tl.float64)
     change = flow + tl.cumsum(from_states, axis=1, reverse=True) + (tl.cumsum(earlier, axis=1) - earlier) + product[:, None]
     change = tl.where(mask, change.to(tl.float32), 0.0)
-    direct = tl.where(step > 0.0, (given + to_states) / step, 0.0) + tl.load(own_ptr + at, mask=mask, other=0.0)
+    direct = tl.where(step > 0.0, (given + to_states) / step, 0.0) + own
     ddt = (direct + change * A[:, None]) * tl.sigmoid(raw)
     ddt = tl.where(mask & (soft >= dt_min) & (soft <= dt_max), ddt, 0.0)
     tl.store(ddt_ptr + (batch * length + rows[None, :]) * heads + columns[:, None], ddt.to(ddt_ptr.dtype.element_ty), mask=mask)
@@ -562,5 +561,4 @@ def ssd_finish(
     if HAS_BIAS:
         tl.store(sums_ptr + batches * chunks * heads + of_chunk, tl.sum(ddt, axis=1), mask=present)
     if HAS_D:
-        skip = tl.load(skip_ptr + at, mask=mask, other=0.0)
         tl.store(sums_ptr + 2 * batches * chunks * heads + of_chunk, tl.sum(skip, axis=1), mask=present)

@@ -56,7 +56,7 @@ class Tuning:
 # For compute capability 9.0 and 16-bit activations of up to 64 channels a head and 128 states; not measured yet.
 HOPPER = Tuning(
     chunk=64, tile=64, tiles=2, heads=16, state_block=8192, keep=True,
-    forward=Launch(4, 2), states=Launch(4, 2), inside=Launch(4, 1), edges=Launch(4, 2),
+    forward=Launch(4, 2), states=Launch(4, 2), inside=Launch(4, 2), edges=Launch(4, 2),
 )  # fmt: skip
 # Everywhere else: fits in 99 KiB of shared memory, tuned for nothing.
 PORTABLE = Tuning(

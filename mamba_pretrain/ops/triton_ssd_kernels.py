@@ -437,7 +437,7 @@ def ssd_edges(
             dy_rows = dy_ptr + (batch * length + begin) * (heads * headdim) + head * headdim
             dy = _load(dy_rows, within[:, None] * (heads * headdim) + channels[None, :], x_mask, MASKED)
             S = _load(states_ptr + of_state + head * headdim * state, in_state, state_mask, MASKED)
-            found = tl.dot((dy.to(tl.float32) * weight[:, None]).to(dy.dtype), tl.trans(S), input_precision=PRECISION)
+            found = tl.dot(dy, tl.trans(S), input_precision=PRECISION) * weight[:, None]
             total += found
             tl.store(from_states_ptr + at, tl.sum(found * C.to(tl.float32), axis=1))
         tl.store(dC_ptr + of_part * (TILE * state) + in_part, total, mask=has_state[None, :])
@@ -456,7 +456,7 @@ def ssd_edges(
             x_rows = x_ptr + batch * x_batch + begin * x_row + head * x_head
             x = _load(x_rows, within[:, None] * x_row + channels[None, :], x_mask, MASKED)
             dS = _load(dstates_ptr + of_state + head * headdim * state, in_state, state_mask, MASKED)
-            total = tl.dot((x.to(tl.float32) * weight[:, None]).to(x.dtype), tl.trans(dS), total, input_precision=PRECISION)
+            total += tl.dot(x, tl.trans(dS), input_precision=PRECISION) * weight[:, None]
         tl.store(dB_ptr + of_part * (TILE * state) + in_part, total, mask=has_state[None, :])
 
 

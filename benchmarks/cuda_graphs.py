@@ -3,8 +3,8 @@
     python benchmarks/cuda_graphs.py [--models mamba1-370m,mamba2-130m] [--batch 16] [--accumulation 1]    # measures and records; needs a GPU
     python benchmarks/cuda_graphs.py --check                                                           # exit code 1 under a bar
 
-Reported for each mode: time of a step (median), time the host needs to queue one, memory, and losses, which must be equal. Weights are drawn on
-the GPU from one seed. Steps are queued without waiting in between, as in training.
+Reported for each mode: time of a step (median), time the host needs to queue one while the device is idle, memory, and losses, which must be
+equal. Weights are drawn on the GPU from one seed. Steps are queued without waiting in between, as in training.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import train_step
-from plan_memory import quick_initialization
+from peers import Setting, ours
 from record import RESULTS, conclude, newest, record
 
 WARM_UP = 4  # steps: one is launched whatever the mode, one records
-LARGEST_DIFFERENCE = 1e-6  # of losses, relative
-MOST_HOST_SHARE = 0.5  # of a replayed step's time: the host must not be what a step waits for
+IDLE = 3  # steps that find the device idle
+# Of losses, relative. Our kernels give the same bits; causal-conv1d's and mamba-ssm's add atomically, and two launched runs differ as much.
+LARGEST_DIFFERENCE = 1e-3
+MOST_HOST_SHARE = 0.25  # of a replayed step's time: the host must not be what a step waits for
 SLOWEST = 1.02  # of a launched step's time: graphs may not lose by more than noise
 
 
 def measure(name: str, mode: str, batch: int | None, length: int, steps: int, accumulation: int) -> dict[str, Any]:
     """One mode of one model: times in ms, memory in GB."""
-    from mamba_pretrain.config import load_config
     from mamba_pretrain.data.batch import Batch
     from mamba_pretrain.models.boundaries import Boundaries
     from mamba_pretrain.training.step import train_step as take_step
@@ -41,14 +42,12 @@ def measure(name: str, mode: str, batch: int | None, length: int, steps: int, ac
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    path, default = train_step.MODELS[name]
-    config = load_config(Path(__file__).parents[1] / path).model
-    setting = train_step.Setting(name, config, (batch or default) * accumulation, length, cuda_graphs=mode)
+    config, default = train_step.config_of(name), train_step.MODELS[name][1]
+    setting = Setting(name, config, (batch or default) * accumulation, length)
     torch.manual_seed(1)
-    with quick_initialization():
-        engine = train_step.ours(setting).engine  # type: ignore[attr-defined]
+    engine = ours(setting, cuda_graphs=mode).engine  # type: ignore[attr-defined]
     micros, losses, events, host = [], [], [], []
-    for tokens in setting.tokens(WARM_UP + steps):
+    for tokens in setting.tokens(WARM_UP + steps + IDLE):
         seq_idx = (torch.rand(tokens[:, 1:].shape) < 0.004).int().cumsum(1).int()
         inputs, labels = (t.cpu().contiguous() for t in (tokens[:, :-1], tokens[:, 1:]))
         positions = Boundaries.from_seq_idx(seq_idx).positions
@@ -56,8 +55,8 @@ def measure(name: str, mode: str, batch: int | None, length: int, steps: int, ac
         size = len(tokens) // accumulation
         micros.append([whole.rows(slice(i, i + size)).pinned() for i in range(0, len(tokens), size)])
     for number, batches in enumerate(micros):
-        if number == WARM_UP:
-            torch.cuda.synchronize()
+        if number == WARM_UP or number >= WARM_UP + steps:
+            torch.cuda.synchronize()  # a host that is ahead waits for the device at some launch or other: that is not what it needs
         began = time.perf_counter()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -66,12 +65,12 @@ def measure(name: str, mode: str, batch: int | None, length: int, steps: int, ac
         events.append((start, end))
         host.append(time.perf_counter() - began)
     torch.cuda.synchronize()
-    timed = events[WARM_UP:]
+    timed = events[WARM_UP : WARM_UP + steps]
     milliseconds = timed[0][0].elapsed_time(timed[-1][1]) / len(timed)
     return {
         "step_ms": milliseconds,
         "median_ms": statistics.median(a.elapsed_time(b) for a, b in timed),
-        "host_ms": 1e3 * statistics.median(host[WARM_UP:]),
+        "host_ms": 1e3 * statistics.median(host[WARM_UP + steps :]),
         "tokens_per_second": setting.batch * length / milliseconds * 1e3,
         "allocated_gb": torch.cuda.max_memory_allocated() / 1e9,
         "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,

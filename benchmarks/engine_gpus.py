@@ -11,24 +11,29 @@ bf16 band of each other; weak scaling of FSDP2 from 1 to 2 GPUs at least 95%.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_worker import start_processes
-from record import newest, record
+from record import RESULTS, conclude, newest, record
+from weights import quick_initialization
 
 MODELS = {
     "mamba1-370m": {"mixer": "mamba1", "vocab_size": 50277, "d_model": 1024, "n_layer": 48},
     "mamba2-370m": {"mixer": "mamba2", "vocab_size": 50277, "d_model": 1024, "n_layer": 48},
     "mamba1-1.4b": {"mixer": "mamba1", "vocab_size": 50277, "d_model": 2048, "n_layer": 48},
 }
+COMPARED = ("mamba1-370m", "mamba2-370m")
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 LENGTH = 2048
 # Gradients rounded to bf16 and summed in another order, and atomics in the official backward kernels, make curves drift apart slowly: 1% at most
 # over 100 steps, compared on means of 10 steps so that single batches do not decide.
@@ -76,24 +81,36 @@ def run_job(job: dict[str, Any], topology: Any) -> dict[str, Any]:
     config = ModelConfig(**MODELS[job["model"]])
     with torch.device("meta"):
         model = LanguageModel(config)
-    engine = build_engine(ParallelConfig(strategy=job["engine"]), PrecisionConfig(), topology)
-    engine.prepare(model, optimizer_builder(OptimConfig(lr=1e-3), model.parameter_policies()), seed=1)
+    engine = build_engine(ParallelConfig(strategy=job["engine"], **job.get("parallel", {})), PrecisionConfig(), topology)
+    with quick_initialization() if job.get("speed_only") else contextlib.nullcontext():
+        engine.prepare(model, optimizer_builder(OptimConfig(lr=1e-3), model.parameter_policies()), seed=1)
     engine.isolate_documents = False  # a sequence is one document here, so that every kernel can serve
     torch.cuda.reset_peak_memory_stats()
     losses, marks = [], []
+    host = 0.0
     data = [batches(step, topology.rank, topology.world_size, job["rows"], config.vocab_size) for step in range(job["steps"])]
+    # As in training no step waits for the one before; the device's own clock says how long each takes.
     for step, batch in enumerate(data):
-        found = train_step(engine, batch, min(1e-3, 1e-4 * (step + 1)), 1.0)
-        losses.append(float(found.loss))
-        marks.append(time.perf_counter())
-    seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][len(marks) // 4 :]
+        began = time.perf_counter()
+        losses.append(train_step(engine, batch, min(1e-3, 1e-4 * (step + 1)), 1.0).loss)
+        host = time.perf_counter() - began
+        marks.append(torch.cuda.Event(enable_timing=True))
+        marks[-1].record()
+        if step == job["steps"] // 4:
+            torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    milliseconds = [earlier.elapsed_time(later) for earlier, later in itertools.pairwise(marks)][len(marks) // 4 + 1 :]
+    graphs = getattr(engine, "_graphs", None)
     result = {
-        "losses": [round(loss, 5) for loss in losses],
-        "tokens_per_second_per_gpu": round(job["rows"] * LENGTH / statistics.median(seconds)),
+        "losses": [round(float(loss), 5) for loss in losses],
+        "tokens_per_second_per_gpu": round(job["rows"] * LENGTH / statistics.median(milliseconds) * 1e3),
+        "step_ms": round(statistics.median(milliseconds), 2),
+        "last_host_ms": round(1e3 * host, 2),
+        "replayed": graphs is not None and bool(graphs._recordings),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "kernels": {choice.op: choice.name for choice in registry.choices()},
     }
-    del engine, model, found
+    del engine, model, graphs
     gc.collect()
     torch.cuda.empty_cache()
     return result
@@ -114,13 +131,15 @@ def worker(folder: Path) -> None:
     ranks.shutdown()
 
 
-def launch(gpus: int, jobs: list[dict[str, Any]], seconds: float) -> list[dict[str, Any]]:
-    """Runs jobs on a number of GPUs, ending them after ``seconds``; the results of those that finished. Prints rank 0's output if not all did."""
+def launch(gpus: int, jobs: list[dict[str, Any]], seconds: float, first: int = 0) -> list[dict[str, Any]]:
+    """Runs jobs on ``gpus`` GPUs from number ``first`` on, ending them after ``seconds``; the results of those that finished. Prints rank 0's
+    output if not all did."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "jobs.json").write_text(json.dumps(jobs))
         until = time.monotonic() + seconds
-        processes = start_processes(gpus, [str(Path(__file__).resolve()), "--worker", name], folder)
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(gpus))}
+        processes = start_processes(gpus, [str(Path(__file__).resolve()), "--worker", name], folder, visible)
         while (
             time.monotonic() < until
             and any(process.poll() is None for process in processes)
@@ -138,80 +157,97 @@ def launch(gpus: int, jobs: list[dict[str, Any]], seconds: float) -> list[dict[s
 
 
 def band(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Per model, the largest relative distance between two engines' losses, on means of 10 steps."""
+    """Per model that several engines trained, the largest relative distance between two of them, on means of 10 steps."""
     found = {}
     for model in {run["model"] for run in runs}:
         curves = [
             [statistics.fmean(run["losses"][i : i + 10]) for i in range(0, len(run["losses"]), 10)] for run in runs if run["model"] == model
         ]
-        found[model] = (
-            max(abs(a - b) / b for one, other in itertools.permutations(curves, 2) for a, b in zip(one, other, strict=True))
-            if len(curves) > 1
-            else 0.0
-        )
+        if len(curves) > 1:
+            found[model] = max(abs(a - b) / b for one, other in itertools.permutations(curves, 2) for a, b in zip(one, other, strict=True))
     return found
 
 
-def verdict(payload: dict[str, Any]) -> bool:
-    """Prints the figures against the bars; whether all are met."""
+def failures(payload: dict[str, Any]) -> list[str]:
+    """Prints the figures; returns what is missing or under its bar."""
     for run in payload["runs"] + payload["scaling"]:
         speed = f"{run['tokens_per_second_per_gpu']:>8,} tokens/s/GPU  {run['peak_gb']:6.2f} GB"
-        print(f"{run['model']:12} {run['engine']:7} x{run['gpus']}  {speed}  loss {run['losses'][0]:.4f} -> {run['losses'][-1]:.4f}")
-    for model, distance in payload["band"].items():
+        name = f"{run['engine']}{' replayed' if run.get('replayed') else ''}"
+        print(f"{run['model']:12} {name:14} x{run['gpus']}  {speed}  loss {run['losses'][0]:.4f} -> {run['losses'][-1]:.4f}")
+    failed = []
+    done = {(run["model"], run["engine"]) for run in payload["runs"]}
+    failed += [f"{model} under {engine}: not measured" for model in COMPARED for engine in ENGINES if (model, engine) not in done]
+    for model, distance in sorted(payload["band"].items()):
         print(f"{model}: engines within {distance:.2%} of each other (bar {BAND:.0%})")
-    good = bool(payload["band"]) and max(payload["band"].values()) <= BAND
-    if payload["weak_scaling"] is not None:
-        print(f"weak scaling of FSDP2, 1.4b, 1 to {payload['gpus']} GPUs: {payload['weak_scaling']:.1%} (bar {SCALING_BAR:.0%})")
-        good = good and payload["weak_scaling"] >= SCALING_BAR
-    return good
+        if distance > BAND:
+            failed.append(f"{model}: engines differ by {distance:.2%}, {BAND:.0%} allowed")
+    scaling = payload["weak_scaling"]
+    if scaling is not None:
+        print(f"weak scaling of FSDP2, 1.4b, 1 to {payload['gpus']} GPUs: {scaling:.1%} (bar {SCALING_BAR:.0%})")
+    if scaling is None or scaling < SCALING_BAR:
+        failed.append(f"weak scaling of FSDP2: {'not measured' if scaling is None else f'{scaling:.1%}'}, {SCALING_BAR:.0%} wanted")
+    return failed
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All jobs on all numbers of GPUs."""
+    """All jobs; where there are GPUs enough, one model's beside another's."""
+    import torch
+
     gpus = arguments.gpus
-    jobs = [
-        {"engine": e, "model": m, "steps": arguments.steps, "rows": arguments.rows, "gpus": gpus}
+    places = max(1, torch.cuda.device_count() // gpus)
+    kept = {"reshard_after_forward": False}
+    large = {"model": "mamba1-1.4b", "steps": 16, "rows": arguments.large_rows, "speed_only": True}
+    scaling: list[dict[str, Any]] = []
+    if arguments.scaling:
+        # One process's fsdp2 has nothing to shard: the plain engine, the strictest base there is. Nothing runs beside these two.
+        scaling += launch(gpus, [{**large, "engine": "fsdp2", "gpus": gpus, "parallel": kept}], arguments.seconds)
+        scaling += launch(1, [{**large, "engine": "single", "gpus": 1}], arguments.seconds)
+    shares = [
+        [{"engine": e, "model": m, "steps": arguments.steps, "rows": arguments.rows, "gpus": gpus} for e in arguments.engines]
         for m in arguments.models
-        for e in arguments.engines
     ]
-    large = {"model": "mamba1-1.4b", "steps": 16, "rows": arguments.large_rows}
-    many = launch(gpus, [*([{**large, "engine": "fsdp2", "gpus": gpus}] if arguments.scaling else []), *jobs], arguments.seconds)
-    # One process's fsdp2 has nothing to shard: the plain engine, the strictest base there is.
-    one = launch(1, [{**large, "engine": "single", "gpus": 1}], arguments.seconds) if arguments.scaling else []
-    runs, scaling = [run for run in many if run["steps"] == arguments.steps], [run for run in many + one if run["model"] == large["model"]]
+    with ThreadPoolExecutor(places) as pool:
+        free = list(range(places))
+
+        def run(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            place = free.pop()
+            try:
+                return launch(gpus, jobs, arguments.seconds, place * gpus)
+            finally:
+                free.append(place)
+
+        runs = [result for results in pool.map(run, shares) for result in results]
     share = scaling[0]["tokens_per_second_per_gpu"] / scaling[1]["tokens_per_second_per_gpu"] if len(scaling) == 2 else None
     return {"gpus": gpus, "runs": runs, "scaling": scaling, "band": band(runs), "weak_scaling": share}
 
 
-def main() -> int:
-    """Measures or reads, prints, records; 1 if a bar is missed."""
+def main() -> None:
+    """Measures or reads, prints, records; exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="read the newest record and exit 1 if a bar is missed")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=8, help="sequences of 2048 tokens per GPU and step, 370m")
-    parser.add_argument("--large-rows", type=int, default=4, help="the same for 1.4b")
+    parser.add_argument("--large-rows", type=int, default=8, help="the same for 1.4b")
     parser.add_argument(
         "--seconds", type=float, default=900.0, help="end each number of GPUs' jobs after so many; what is done is recorded"
     )
-    parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp2", "zero2", "zero3"])
-    parser.add_argument("--models", nargs="+", default=["mamba1-370m", "mamba2-370m"], choices=sorted(MODELS))
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES))
+    parser.add_argument("--models", nargs="+", default=list(COMPARED), choices=sorted(MODELS))
     parser.add_argument(
         "--scaling", action=argparse.BooleanOptionalAction, default=True, help="also measure weak scaling of the 1.4b model"
     )
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
-        return 0
-    if arguments.check:
-        return int(not verdict(newest("engine_gpus")))
-    import torch  # noqa: F401  (the record names the device that it sees)
-
-    payload = measure(arguments)
-    print("recorded", record("engine_gpus", payload))
-    return int(not verdict(payload))
+        return
+    payload = newest("engine_gpus") if arguments.check else measure(arguments)
+    if not arguments.check:
+        print("recorded", record("engine_gpus", payload, folder=arguments.output))
+    conclude(failures(payload))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -42,6 +42,18 @@ TINY: dict[str, dict[str, Any]] = {
         "d_intermediate": 40,
         "tie_word_embeddings": False,
     },
+    # All widths of projections are multiples of 16, as FP8 needs them.
+    "aligned": {
+        "pattern": "mamba1, mamba2, attention",
+        "vocab_size": 301,
+        "d_model": 32,
+        "n_layer": 3,
+        "d_state": 8,
+        "headdim": 4,
+        "chunk_size": 16,
+        "n_head": 2,
+        "d_intermediate": 48,
+    },
 }
 GLOBAL_BATCH, LENGTH = 12, 32  # 12 sequences divide among 1, 2, 3 and 4 processes
 
@@ -54,6 +66,7 @@ class Job:
     engine: str
     model: str = "mamba1"
     compute: str = "fp32"
+    fp8: str = "off"
     steps: int = 20
     first: int = 0
     micro: int = 1
@@ -91,15 +104,23 @@ def run_jobs(world_size: int, jobs: list[Job], folder: Path, timeout: float = 60
     return results
 
 
-def start_processes(world_size: int, command: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Starts ``python COMMAND`` once per rank with torchrun's variables, output in ``folder/rank-R.log``."""
+def start_processes(
+    world_size: int, command: list[str], folder: Path, environment: dict[str, str] | None = None
+) -> list[subprocess.Popen[bytes]]:
+    """Starts ``python COMMAND`` once per rank with torchrun's variables (and others), output in ``folder/rank-R.log``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
     for rank in range(world_size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
+        variables = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            **{k: str(v) for k, v in place.items()},
+            **(environment or {}),
+        }
         with (folder / f"rank-{rank}.log").open("wb") as log:
             processes.append(subprocess.Popen([sys.executable, *command], env=variables, stdout=log, stderr=subprocess.STDOUT))
     return processes
@@ -155,7 +176,7 @@ def build(job: Job, topology: Topology) -> tuple[Engine, LanguageModel, set[str]
         model = LanguageModel(ModelConfig(**TINY[job.model]))
     policies = model.parameter_policies()
     parallel = ParallelConfig(strategy=job.engine, **job.parallel)  # type: ignore[arg-type]
-    engine = build_engine(parallel, PrecisionConfig(compute=job.compute), topology)  # type: ignore[arg-type]
+    engine = build_engine(parallel, PrecisionConfig(compute=job.compute, fp8=job.fp8), topology)  # type: ignore[arg-type]
     engine.prepare(model, optimizer_builder(OptimConfig(lr=1e-2, **job.optim), policies), seed=7)
     return engine, model, {name for name, policy in policies.items() if policy.fp32}
 
@@ -215,6 +236,8 @@ def run_job(job: Job, topology: Topology) -> dict[str, Any]:
     result["evaluated"] = float(all_reduce_sum(evaluated))
     result["dtypes"] = {kind: sorted(dtypes) for kind, dtypes in seen.items()}
     result["final"] = digest(engine.full_state_dict())
+    graphs = getattr(engine, "_graphs", None)
+    result["recorded"] = len(graphs._recordings) if graphs is not None else 0
     return result
 
 

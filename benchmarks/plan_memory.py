@@ -10,16 +10,16 @@ is run alone and what each of its modules keeps for the backward pass is recorde
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS, Growing, newest
+from weights import quick_initialization
 
 TOLERANCE, LEAST_POINTS = 0.10, 8
 LENGTH = 2048
@@ -60,25 +60,6 @@ def prepared(config: Any, recompute: str) -> Any:
     with quick_initialization():
         engine.prepare(model, optimizer_builder(OptimConfig(), model.parameter_policies()), seed=1)
     return engine
-
-
-@contextlib.contextmanager
-def quick_initialization() -> Iterator[None]:
-    """Draws every tensor on the GPU: memory does not depend on the values, and drawing a billion of them on the CPU takes a minute."""
-    import torch
-
-    from mamba_pretrain.parallel import torch_engine
-
-    def initialize(model: Any, seed: int, assign: Any = None) -> None:
-        for name, parameter in model.named_parameters():
-            with torch.no_grad():
-                parameter.fill_(1.0) if parameter.dim() < 2 or name.endswith("A_log") else parameter.normal_(0.0, 0.02)
-
-    original, torch_engine.initialize = torch_engine.initialize, initialize
-    try:
-        yield
-    finally:
-        torch_engine.initialize = original
 
 
 def random_batch(config: Any, micro_batch: int) -> Any:

@@ -18,6 +18,8 @@ PACKAGES = (
     "triton",
     "mamba-ssm",
     "causal-conv1d",
+    "flash-linear-attention",
+    "liger-kernel",
     "deepspeed",
     "transformers",
     "tokenizers",
@@ -76,9 +78,9 @@ class Growing:
         self.name, self.folder = name, folder
         self.path: Path | None = None
 
-    def save(self, payload: dict[str, Any]) -> Path:
+    def save(self, payload: dict[str, Any], device: str | None = None) -> Path:
         """Replaces what was saved before."""
-        new = record(self.name, payload, folder=self.folder)
+        new = record(self.name, payload, device, self.folder)
         if self.path is not None and self.path != new:
             self.path.unlink()
         self.path = new
@@ -87,11 +89,16 @@ class Growing:
 
 def newest(name: str, device_contains: str = "", folder: Path = RESULTS) -> dict[str, Any]:
     """The newest record of that name (whose device contains the given text); ends the program with a sentence, exit code 1, if there is none."""
+    return every(name, device_contains, folder)[-1]
+
+
+def every(name: str, device_contains: str = "", folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All records of that name, the newest last; like ``newest`` where there is none."""
     records = [json.loads(p.read_text()) for p in folder.glob(f"{name}-*.json")]
     records = [r for r in records if r["name"] == name and device_contains.lower() in r["device"].lower()]
     if not records:
         sys.exit(f"no record of {name} under {folder}; run benchmarks/{name}.py on the machine to be measured")
-    return max(records, key=lambda r: r["date"])
+    return sorted(records, key=lambda r: r["date"])
 
 
 def rows_of(name: str, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -97,7 +97,7 @@ class Training:
             write_run_folder(config, self.data.tokenizer_dir)
         self._throughput = build_throughput(config, model, topology)
         self._compute_clock = ComputeClock(topology.device)
-        self.engine.loss = self._compute_clock.timed(self.engine.loss)  # type: ignore[method-assign]
+        self._compute_clock.watch(self.engine)
         self._signal = StopSignal(topology.world_size)
         self.watchdog = Watchdog(folder, topology, train.hang_timeout).start()
         self._sinks = self._open_sinks()

@@ -67,7 +67,9 @@ class Attention(Mixer):
         projections = sum(linear_flops(1, p.in_features, p.out_features) for p in (self.qkv_proj, self.out_proj))
         return projections + attention_flops(length, self.n_head, self.headdim)
 
-    def new_state(self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype) -> State:
+    def new_state(
+        self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype, recurrent: torch.dtype = torch.float32
+    ) -> State:
         """See ``Mixer.new_state``: keys and values of ``max_length`` tokens, and how many of them are filled."""
         shape = (batch, self.n_kv_head, max_length, self.headdim)
         k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))

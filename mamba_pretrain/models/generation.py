@@ -12,7 +12,6 @@ from torch import Tensor
 from data_tools.errors import UserError
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.language_model import LanguageModel
-from mamba_pretrain.models.mixer import State
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Sampling:
 
 GREEDY = Sampling(temperature=0.0)
 _EOS_INTERVAL = {"cpu": 1, "cuda": 16}  # steps between looks whether all rows have ended; on a GPU each look waits for it
+_STEPS_BEFORE_RECORDING = 3
 
 
 def pick(logits: Tensor, sampling: Sampling, draw: Tensor) -> Tensor:
@@ -61,7 +61,106 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-@torch.no_grad()
+class Decoder:
+    """Continues up to ``max_length`` tokens of ``batch`` prompts at a time, in the same buffers again and again.
+
+    On a GPU a step (model, choice, bookkeeping) is recorded as a CUDA graph once it has run a few times; from then on it is one launch.
+    ``recurrent`` is the dtype of the recurrences' states: fp32 loses nothing of what a sequence has summed up; with bf16 they are half as
+    large, which a large batch's speed depends on.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        batch: int,
+        max_length: int,
+        sampling: Sampling = GREEDY,
+        eos_id: int | None = None,
+        device: torch.device | str = "cpu",
+        cuda_graph: bool = True,
+        recurrent: torch.dtype = torch.float32,
+    ) -> None:
+        self._model, self._sampling, self._eos_id = model, sampling, eos_id
+        self._device = torch.device(device)
+        self._state = model.new_state(batch, max_length, self._device, model.embedding.weight.dtype, recurrent)
+        self._tokens = torch.zeros(batch, max_length, dtype=torch.int64, device=self._device)
+        self._draws = torch.zeros(max_length, batch, device=self._device)
+        # Of each row: where its prompt ends, where its continuation does, and whether it has ended. The position is that of the next token.
+        self._ends, self._limits = (torch.zeros(batch, dtype=torch.int64, device=self._device) for _ in range(2))
+        self._done = torch.zeros(batch, dtype=torch.bool, device=self._device)
+        self._position = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._records = cuda_graph and self._device.type == "cuda"
+        self._advance: Callable[[], None] = self._step
+        self._steps = 0
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Continues each prompt by up to ``max_new_tokens`` tokens; returns the new ones, with the end of text where it was drawn.
+
+        Raises UserError for an empty prompt, a token outside the vocabulary, or prompts that the buffers do not hold.
+        """
+        check_prompts(prompts, self._model.config.vocab_size)
+        lengths = [len(prompt) for prompt in prompts]
+        shortest, total = min(lengths), max(lengths) + max_new_tokens
+        batch, room = self._tokens.shape
+        if len(prompts) != batch or total > room:
+            raise UserError(
+                f"{len(prompts)} prompts of up to {total} tokens do not fit a decoder of {batch} x {room}; make one of that size"
+            )
+        if max_new_tokens < 1:
+            return [[] for _ in prompts]
+        self._begin(prompts, lengths, max_new_tokens)
+        self._place(self._model(self._tokens[:, :shortest], state=self._state, only_last=True)[:, -1])
+        for position in range(shortest + 1, total):
+            if self._eos_id is not None and position % _EOS_INTERVAL[self._device.type] == 0 and bool(self._done.all()):
+                break
+            if self._records and self._steps == _STEPS_BEFORE_RECORDING:
+                from mamba_pretrain.models.cuda_graph import recorded
+
+                self._advance = recorded(self._step)
+            self._advance()
+            self._steps += 1
+        rows = [row[n : n + max_new_tokens] for row, n in zip(self._tokens.tolist(), lengths, strict=True)]
+        return rows if self._eos_id is None else [_until(row, self._eos_id) for row in rows]
+
+    def _begin(self, prompts: list[list[int]], lengths: list[int], max_new_tokens: int) -> None:
+        for layer in self._state:
+            for name, value in layer.items():
+                if torch.is_tensor(value):
+                    value.zero_()
+                else:
+                    layer[name] = False
+        tokens = torch.zeros(self._tokens.shape, dtype=torch.int64)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        self._tokens.copy_(tokens)
+        total = max(lengths) + max_new_tokens
+        draws = torch.rand(total, len(prompts), generator=torch.Generator("cpu").manual_seed(self._sampling.seed))
+        self._draws[:total].copy_(draws)
+        self._ends.copy_(torch.tensor(lengths))
+        self._limits.copy_(self._ends + max_new_tokens)
+        self._done.zero_()
+        self._position.fill_(min(lengths))
+
+    def _step(self) -> None:
+        """Reads the token before the position and writes the one at it; nothing waits for the device."""
+        token = self._tokens.index_select(1, self._position - 1)
+        self._place(self._model(token, state=self._state, only_last=True)[:, -1])
+
+    def _place(self, logits: Tensor) -> None:
+        """The next token of every row: its prompt's, or the one chosen from ``logits`` (b, vocab)."""
+        draw = self._draws if self._sampling.temperature == 0 else self._draws.index_select(0, self._position)
+        chosen = pick(logits, self._sampling, draw[0])
+        given = self._tokens.index_select(1, self._position)[:, 0]
+        continues = self._position >= self._ends
+        token = torch.where(continues, chosen, given)
+        self._tokens.index_copy_(1, self._position, token.unsqueeze(1))
+        if self._eos_id is not None:
+            self._done |= continues & (token == self._eos_id)
+            self._done |= self._position + 1 >= self._limits
+        self._position += 1
+
+
 def generate(
     model: LanguageModel,
     prompts: list[list[int]],
@@ -76,42 +175,11 @@ def generate(
     Prompts of different lengths share a batch without padding: the common length is read at once, and from there on a row takes its own
     prompt's tokens until they end. Random numbers come from a seeded generator on the CPU, whatever the device. Under a sharding engine
     pass no ``eos_id`` and no ``cuda_graph``: the number of forward passes is then the same on every rank. Raises UserError for an empty
-    prompt or a token outside the vocabulary.
+    prompt or a token outside the vocabulary. Whoever generates often keeps a ``Decoder``.
     """
     check_prompts(prompts, model.config.vocab_size)
-    device = torch.device(device)
-    lengths = [len(prompt) for prompt in prompts]
-    shortest, total = min(lengths), max(lengths) + max_new_tokens
-    tokens = torch.zeros(len(prompts), total, dtype=torch.int64)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    draws = torch.rand(total, len(prompts), generator=torch.Generator("cpu").manual_seed(sampling.seed)).to(device)
-    tokens, ends = tokens.to(device), torch.tensor(lengths, device=device)
-    state = model.new_state(len(prompts), total, device, model.embedding.weight.dtype)
-    logits = model(tokens[:, :shortest], state=state, only_last=True)[:, -1]
-    step = _stepper(model, state, len(prompts), device, cuda_graph)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for position in range(shortest, total):
-        chosen = pick(logits, sampling, draws[position])
-        tokens[:, position] = torch.where(position < ends, tokens[:, position], chosen)
-        if position == total - 1:
-            break
-        if eos_id is not None:
-            done |= (position >= ends) & (tokens[:, position] == eos_id)
-            done |= position - ends + 1 >= max_new_tokens
-            if position % _EOS_INTERVAL[device.type] == 0 and bool(done.all()):
-                break
-        logits = step(tokens[:, position : position + 1])
-    rows = [row[n : n + max_new_tokens] for row, n in zip(tokens.tolist(), lengths, strict=True)]
-    return rows if eos_id is None else [_until(row, eos_id) for row in rows]
-
-
-def _stepper(model: LanguageModel, state: list[State], batch: int, device: torch.device, cuda_graph: bool) -> Callable[[Tensor], Tensor]:
-    if cuda_graph and device.type == "cuda":
-        from mamba_pretrain.models.cuda_graph import GraphedStep
-
-        return GraphedStep(model, state, batch, device)
-    return lambda token: model(token, state=state, only_last=True)[:, -1]
+    total = max(map(len, prompts)) + max_new_tokens
+    return Decoder(model, len(prompts), total, sampling, eos_id, device, cuda_graph)(prompts, max_new_tokens)
 
 
 def _until(row: list[int], eos_id: int) -> list[int]:

@@ -81,9 +81,16 @@ class LanguageModel(nn.Module):
         config = self.config
         return sum(block.flops_per_token(length) for block in self.blocks()) + linear_flops(1, config.d_model, config.padded_vocab_size)
 
-    def new_state(self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> list[State]:
-        """Empty decoding states of all layers for ``batch`` sequences; only attention's grow with ``max_length``."""
-        return [block.mixer.new_state(batch, max_length, device, dtype) for block in self.blocks()]
+    def new_state(
+        self,
+        batch: int,
+        max_length: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        recurrent: torch.dtype = torch.float32,
+    ) -> list[State]:
+        """Empty decoding states of all layers for ``batch`` sequences, see ``Mixer.new_state``; only attention's grow with ``max_length``."""
+        return [block.mixer.new_state(batch, max_length, device, dtype, recurrent) for block in self.blocks()]
 
 
 def _collect(module: nn.Module, prefix: str, policies: dict[str, ParameterPolicy]) -> None:

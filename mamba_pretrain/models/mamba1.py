@@ -14,9 +14,9 @@ from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, ParameterPolicy, State
 from mamba_pretrain.models.modules import CausalConv1d, Policies, Projection, SideProjection, SplitProjection, prefixed, projection_policy
-from mamba_pretrain.models.step import selective_step
 from mamba_pretrain.ops import flops
 from mamba_pretrain.ops.selective_scan import selective_scan
+from mamba_pretrain.ops.selective_step import selective_step
 
 
 class Mamba1(Mixer):
@@ -47,6 +47,8 @@ class Mamba1(Mixer):
         dt, B, C = projected.split([self.config.resolved_dt_rank, self.config.d_state, self.config.d_state], dim=-1)
         if self.config.bcdt_rms:
             dt, B, C = (self._normalise(t) for t in (dt, B, C))
+        if state is not None and u.shape[1] == 1:
+            return self.out_proj(self._step(u, dt, B, C, z, state))
         return self.out_proj(self._scan(u, self.dt_proj(dt), B, C, z, seq_idx, state))
 
     def _normalise(self, t: Tensor) -> Tensor:
@@ -56,14 +58,20 @@ class Mamba1(Mixer):
         A, D, bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_bias.float()
         if state is None:
             return cast(Tensor, selective_scan(u, dt, A, B, C, D=D, z=z, delta_bias=bias, seq_idx=seq_idx))
-        if u.shape[1] == 1:
-            y = selective_step(u, dt, A, B, C, D, z, bias, state["ssm"])
-        else:
-            initial = state["ssm"] if state["started"] else None
-            y, final = selective_scan(u, dt, A, B, C, D=D, z=z, delta_bias=bias, initial_state=initial, return_final_state=True)
-            state["ssm"].copy_(final)
+        initial = state["ssm"].float() if state["started"] else None
+        y, final = selective_scan(u, dt, A, B, C, D=D, z=z, delta_bias=bias, initial_state=initial, return_final_state=True)
+        state["ssm"].copy_(final)
         state["started"] = True
         return y
+
+    def _step(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, state: State) -> Tensor:
+        """One token; the step's kernel projects ``dt`` as well."""
+
+        def step(dt: Tensor, weight: Tensor) -> Tensor:
+            return selective_step(u[:, 0], dt[:, 0], weight, self.A_log, B[:, 0], C[:, 0], self.D, z[:, 0], self.dt_bias, state["ssm"])
+
+        state["started"] = True
+        return self.dt_proj(dt, step).unsqueeze(1)
 
     def parameter_policy(self) -> Policies:
         """See ``Mixer.parameter_policy``; the initialisation is that of arXiv:2312.00752, section 3.6 and appendix E."""
@@ -90,8 +98,10 @@ class Mamba1(Mixer):
             + flops.selective_scan_flops(1, self.config.d_inner, self.config.d_state)
         )
 
-    def new_state(self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype) -> State:
+    def new_state(
+        self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype, recurrent: torch.dtype = torch.float32
+    ) -> State:
         """See ``Mixer.new_state``; its size does not depend on ``max_length``."""
         c = self.config
         conv = torch.zeros(batch, c.d_conv - 1, c.d_inner, device=device, dtype=dtype)
-        return {"conv": conv, "ssm": torch.zeros(batch, c.d_inner, c.d_state, device=device), "started": False}
+        return {"conv": conv, "ssm": torch.zeros(batch, c.d_inner, c.d_state, device=device, dtype=recurrent), "started": False}

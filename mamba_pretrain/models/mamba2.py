@@ -13,9 +13,9 @@ from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, ParameterPolicy, State
 from mamba_pretrain.models.modules import CausalConv1d, GatedRMSNorm, Policies, Projection, SplitProjection, prefixed, projection_policy
-from mamba_pretrain.models.step import ssd_step
 from mamba_pretrain.ops import flops
 from mamba_pretrain.ops.ssd_scan import ssd_scan
+from mamba_pretrain.ops.ssd_step import ssd_step
 
 
 class Mamba2(Mixer):
@@ -45,20 +45,26 @@ class Mamba2(Mixer):
         return self.out_proj(self.norm(self._scan(heads, dt, B, C, seq_idx, state).flatten(-2), z))
 
     def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, state: State | None) -> Tensor:
+        if state is not None and x.shape[1] == 1:
+            return self._step(x, dt, B, C, state)
         A, D, bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_bias.float()
         chunk, limit = self.config.chunk_size, self.config.dt_limit
         if state is None:
             return cast(Tensor, ssd_scan(x, dt, A, B, C, D=D, dt_bias=bias, seq_idx=seq_idx, chunk_size=chunk, dt_limit=limit))
-        if x.shape[1] == 1:
-            y = ssd_step(x, dt, A, B, C, D, bias, limit, state["ssm"])
-        else:
-            initial = state["ssm"] if state["started"] else None
-            y, final = ssd_scan(
-                x, dt, A, B, C, D=D, dt_bias=bias, initial_state=initial, return_final_state=True, chunk_size=chunk, dt_limit=limit
-            )
-            state["ssm"].copy_(final)
+        initial = state["ssm"].float() if state["started"] else None
+        y, final = ssd_scan(
+            x, dt, A, B, C, D=D, dt_bias=bias, initial_state=initial, return_final_state=True, chunk_size=chunk, dt_limit=limit
+        )
+        state["ssm"].copy_(final)
         state["started"] = True
         return y
+
+    def _step(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: State) -> Tensor:
+        """One token."""
+        state["started"] = True
+        limit = self.config.dt_limit
+        y = ssd_step(x[:, 0], dt[:, 0], self.A_log, B[:, 0], C[:, 0], self.D, self.dt_bias, state["ssm"], limit)
+        return y.unsqueeze(1)
 
     def parameter_policy(self) -> Policies:
         """See ``Mixer.parameter_policy``; the initialisation is that of mamba_ssm's Mamba-2."""
@@ -84,8 +90,11 @@ class Mamba2(Mixer):
             + flops.ssd_scan_flops(1, length, c.chunk_size, c.n_ssm_head, c.headdim, c.ngroups, c.d_state)
         )
 
-    def new_state(self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype) -> State:
+    def new_state(
+        self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype, recurrent: torch.dtype = torch.float32
+    ) -> State:
         """See ``Mixer.new_state``; its size does not depend on ``max_length``."""
         c = self.config
         conv = torch.zeros(batch, c.d_conv - 1, self.conv_dim, device=device, dtype=dtype)
-        return {"conv": conv, "ssm": torch.zeros(batch, c.n_ssm_head, c.headdim, c.d_state, device=device), "started": False}
+        ssm = torch.zeros(batch, c.n_ssm_head, c.headdim, c.d_state, device=device, dtype=recurrent)
+        return {"conv": conv, "ssm": ssm, "started": False}

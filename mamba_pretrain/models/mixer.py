@@ -46,5 +46,10 @@ class Mixer(nn.Module, ABC):
         """FLOPs of the forward pass per token at sequences of ``length`` tokens; a multiply-add counts as 2."""
 
     @abstractmethod
-    def new_state(self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype) -> State:
-        """An empty state for ``batch`` sequences of at most ``max_length`` tokens; ``dtype`` is that of cached activations."""
+    def new_state(
+        self, batch: int, max_length: int, device: torch.device | str, dtype: torch.dtype, recurrent: torch.dtype = torch.float32
+    ) -> State:
+        """An empty state for ``batch`` sequences of at most ``max_length`` tokens.
+
+        ``dtype`` is that of cached activations, ``recurrent`` that of a recurrence's state, which is the sum of all that came before.
+        """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from mamba_pretrain.models import distributions
 from mamba_pretrain.models.mixer import ParameterPolicy, State
-from mamba_pretrain.models.step import conv_step
 from mamba_pretrain.ops.causal_conv1d import causal_conv1d
+from mamba_pretrain.ops.conv_step import conv_step
 from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
+from mamba_pretrain.ops.fp8 import Recipe
 from mamba_pretrain.ops.projection import project, project_beside, project_parts
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
 
@@ -23,13 +24,17 @@ Policies = dict[str, ParameterPolicy]
 class Projection(nn.Linear):
     """A linear layer whose backward pass makes no extra pass over memory; see ``ops/projection.py``."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (b, l, in) to (b, l, out)."""
-        return project(x, self.weight, self.bias)
+    recipe: Recipe | None = None  # of FP8, see ``models/fp8.py``
+
+    def forward(self, x: Tensor, within: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """``x`` (b, l, in) to (b, l, out); or what ``within(x, weight)`` gives, an operation that has the projection inside."""
+        return project(x, self.weight, self.bias, self.recipe) if within is None else within(x, self.weight)
 
 
 class SplitProjection(nn.Linear):
     """A projection whose output is used in parts of the given widths."""
+
+    recipe: Recipe | None = None
 
     def __init__(self, in_features: int, widths: Sequence[int], bias: bool) -> None:
         super().__init__(in_features, sum(widths), bias=bias)
@@ -37,7 +42,7 @@ class SplitProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """``x`` (b, l, in) to parts (b, l, width)."""
-        return project_parts(x, self.weight, self.bias, self.widths)
+        return project_parts(x, self.weight, self.bias, self.widths, self.recipe)
 
 
 class SideProjection(nn.Linear):
@@ -98,7 +103,7 @@ class CausalConv1d(nn.Module):
         if state is None:
             return cast(Tensor, causal_conv1d(x, self.weight, self.bias, activation="silu", seq_idx=seq_idx))
         if x.shape[1] == 1:
-            return conv_step(x, self.weight, self.bias, state["conv"])
+            return conv_step(x[:, 0], self.weight, self.bias, state["conv"]).unsqueeze(1)
         initial = state["conv"].to(x.dtype) if state["started"] else None
         y, final = causal_conv1d(x, self.weight, self.bias, activation="silu", initial_state=initial, return_final_state=True)
         state["conv"].copy_(final)

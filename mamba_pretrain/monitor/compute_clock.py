@@ -3,6 +3,8 @@
 In lockstep all ranks take the same time for a step; only the part outside collectives differs. The forward pass shows it under every
 engine: without communication under DDP and ZeRO-1/2, and with waits that pass through ``Work.wait`` under FSDP2 and ZeRO-3, where they
 are subtracted. (On GPUs a sharded forward pass waits on the device, inside the events: there only the data wait tells.)
+
+A forward pass that is recorded as a CUDA graph takes its events along, and every replay sets them anew.
 """
 
 from __future__ import annotations
@@ -42,39 +44,68 @@ def _count_waits() -> None:
 
 
 class ComputeClock:
-    """Adds up the computing time of the functions it times; ``take`` returns the sum since the last ``take``.
+    """Adds up the time of a model's training forward passes; ``take`` returns the sum since the last ``take``.
 
     On a GPU the work is only queued when a function returns: pairs of events measure it there, and ``take`` gives the pairs that are
-    finished (about a step late) without waiting for the device.
+    finished (about a step late) without waiting for the device. Of recorded passes it gives the last one's time for each micro-batch.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
+        self._recorded: list[tuple[Any, Any]] = []
+        self._recorded_seconds = 0.0  # of one pass
+        self._passes = 0  # micro-batches whose forward pass was not launched, since the last `take`
+        self._finish: Callable[[], None] | None = None
         if not self._cuda:
             _count_waits()
 
-    def timed(self, function: Callable[..., Result]) -> Callable[..., Result]:
-        """The function, timed."""
+    def watch(self, engine: Any) -> None:
+        """Times the training forward passes of ``engine.model``, launched or replayed."""
+        engine.model.register_forward_pre_hook(self._before)
+        engine.model.register_forward_hook(self._after)
+        engine.loss = self._counted(engine.loss)
 
-        @wraps(function)
+    def _counted(self, loss: Callable[..., Result]) -> Callable[..., Result]:
+        @wraps(loss)
         def run(*arguments: Any, **options: Any) -> Result:
-            finish = self._begin_cuda() if self._cuda else self._begin_cpu()
-            try:
-                return function(*arguments, **options)
-            finally:
-                finish()
+            launched = len(self._events)
+            result = loss(*arguments, **options)
+            self._passes += self._cuda and len(self._events) == launched
+            return result
 
         return run
+
+    def _before(self, module: torch.nn.Module, inputs: Any) -> None:
+        self._finish = self._begin() if torch.is_grad_enabled() else None
+
+    def _after(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
 
     def take(self) -> float:
         """Seconds since the last call."""
         while self._events and self._events[0][1].query():
             first, last = self._events.pop(0)
             self._seconds += first.elapsed_time(last) / 1000
+        if self._passes:
+            self._seconds += self._passes * self._of_recorded()
+            self._passes = 0
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def _of_recorded(self) -> float:
+        """Seconds of a recorded pass: the last that is finished and not begun again."""
+        times = [first.elapsed_time(last) / 1000 for first, last in self._recorded if first.query() and last.query()]
+        times = [seconds for seconds in times if seconds > 0.0]
+        if times:
+            self._recorded_seconds = sum(times) / len(times)
+        return self._recorded_seconds
+
+    def _begin(self) -> Callable[[], None]:
+        return self._begin_cuda() if self._cuda else self._begin_cpu()
 
     def _begin_cpu(self) -> Callable[[], None]:
         began, waited = time.perf_counter(), _waited
@@ -85,7 +116,8 @@ class ComputeClock:
         return finish
 
     def _begin_cuda(self) -> Callable[[], None]:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        recording = torch.cuda.is_current_stream_capturing()
+        first, last = (torch.cuda.Event(enable_timing=True, external=recording) for _ in range(2))
         first.record()  # type: ignore[no-untyped-call]
-        self._events.append((first, last))
+        (self._recorded if recording else self._events).append((first, last))
         return last.record

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mamba_pretrain.ops import cc, registry
 from mamba_pretrain.ops.causal_conv1d import final_inputs, inputs_before
 from mamba_pretrain.ops.common import document_numbers
 from mamba_pretrain.ops.kernel_arguments import Rows, fields, struct
+from mamba_pretrain.ops.operator import operator
 
 # As in the source.
 SOURCE = "causal_conv1d"
@@ -58,7 +58,7 @@ def _call(function: str, x: Tensor, weight: Tensor, silu: bool, dy: Tensor | Non
     cc.call(SOURCE, function, Params, tasks, {"x": x, "dy": dy}, {"weight": weight, **others}, **sizes)
 
 
-@torch.library.custom_op("mamba_pretrain::c_conv1d_forward", mutates_args=(), device_types="cpu")
+@operator("c_conv1d_forward", device_types="cpu")
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None, history: Tensor, silu: bool) -> Tensor:
     """y (b, l, d) from x, weight (w, d), document numbers (b, l) and the inputs before x, ``history`` (b, w - 1, d); all fp32."""
     y = x.new_empty(x.shape)
@@ -66,7 +66,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | N
     return y
 
 
-@torch.library.custom_op("mamba_pretrain::c_conv1d_backward", mutates_args=(), device_types="cpu")
+@operator("c_conv1d_backward", device_types="cpu")
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None, history: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

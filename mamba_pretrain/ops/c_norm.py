@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mamba_pretrain.ops import cc, registry
 from mamba_pretrain.ops.kernel_arguments import Rows, fields, struct
+from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.rms_norm import output_dtype
 
 # As in the source.
@@ -63,7 +64,7 @@ def _call(function: str, eps: float, size: int, views: dict[str, Tensor | None],
 # -- norm of x, or of x + residual ----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mamba_pretrain::c_rms_norm_forward", mutates_args=(), device_types="cpu")
+@operator("c_rms_norm_forward", device_types="cpu")
 def plain_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y and x + residual (empty without a residual), all (rows, d) fp32."""
     y, total = x.new_empty(x.shape), x.new_empty(x.shape if residual is not None else 0)
@@ -72,7 +73,7 @@ def plain_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     return y, total
 
 
-@torch.library.custom_op("mamba_pretrain::c_rms_norm_backward", mutates_args=(), device_types="cpu")
+@operator("c_rms_norm_backward", device_types="cpu")
 def plain_backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -112,7 +113,7 @@ plain_forward.register_autograd(_plain_gradients, setup_context=_setup_plain)
 # -- norm of x silu(z) ----------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mamba_pretrain::c_gated_rms_norm_forward", mutates_args=(), device_types="cpu")
+@operator("c_gated_rms_norm_forward", device_types="cpu")
 def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int) -> Tensor:
     """y (rows, d) of ``x``, ``z`` (rows, d) and weight (d), fp32; groups of ``size`` channels."""
     y = x.new_empty(x.shape)
@@ -120,7 +121,7 @@ def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int) -
     return y
 
 
-@torch.library.custom_op("mamba_pretrain::c_gated_rms_norm_backward", mutates_args=(), device_types="cpu")
+@operator("c_gated_rms_norm_backward", device_types="cpu")
 def gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z and weight."""
     dx, dz, parts = x.new_empty(x.shape), x.new_empty(x.shape), x.new_zeros(_tasks(x), x.shape[1])

@@ -13,6 +13,7 @@ from torch import Tensor
 from mamba_pretrain.ops import cc, registry
 from mamba_pretrain.ops.common import document_starts
 from mamba_pretrain.ops.kernel_arguments import Rows, fields, struct
+from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.scan_autograd import register_gradients
 
 # As in the source.
@@ -79,9 +80,8 @@ def _outputs(u: Tensor, A: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return u.new_empty(u.shape), A.new_empty(batch, channels, states), checkpoints
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::c_scan_forward",
-    mutates_args=(),
+@operator(
+    "c_scan_forward",
     device_types="cpu",
     schema=f"({_INPUTS}, Tensor? initial_state, bool save) -> (Tensor, Tensor, Tensor)",
 )
@@ -93,9 +93,8 @@ def forward(u, delta, A, B, C, D, z, delta_bias, starts, initial_state, save):  
     return y, final, checkpoints
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::c_scan_backward",
-    mutates_args=(),
+@operator(
+    "c_scan_backward",
     device_types="cpu",
     schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor checkpoints)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -13,6 +13,7 @@ from torch import Tensor
 from mamba_pretrain.ops import cc, registry
 from mamba_pretrain.ops.common import document_starts
 from mamba_pretrain.ops.kernel_arguments import Rows, fields, struct
+from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.scan_autograd import register_gradients
 
 # As in the source.
@@ -89,9 +90,8 @@ def _outputs(x: Tensor, B: Tensor, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(batch, heads, headdim, states), x.new_empty(kept if save else (0,))
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::c_ssd_forward",
-    mutates_args=(),
+@operator(
+    "c_ssd_forward",
     device_types="cpu",
     schema=f"({_INPUTS}, Tensor? initial_state, bool save, int chunk_size, {_LIMITS}) -> (Tensor, Tensor, Tensor)",
 )
@@ -106,9 +106,8 @@ def forward(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, save, chunk_si
     return y, final, checkpoints
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::c_ssd_backward",
-    mutates_args=(),
+@operator(
+    "c_ssd_backward",
     device_types="cpu",
     schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor checkpoints, int chunk_size, {_LIMITS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from data_tools.errors import UserError
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.common import document_numbers, row_blocks, silu_backward
+from mamba_pretrain.ops.operator import operator
 
 
 def causal_conv1d(
@@ -141,7 +142,7 @@ def _windows(
 # -- custom operators: opaque to torch.compile, with gradients ------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mamba_pretrain::causal_conv1d_forward", mutates_args=())
+@operator("causal_conv1d_forward")
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None, history: Tensor, silu: bool) -> Tensor:
     """y (b, l, d) from x, the inputs before it (``history``, (b, w - 1, d)) and document numbers (b, l)."""
     y = torch.empty_like(x)
@@ -151,7 +152,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | N
     return y
 
 
-@torch.library.custom_op("mamba_pretrain::causal_conv1d_backward", mutates_args=())
+@operator("causal_conv1d_backward")
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, document: Tensor | None, history: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -165,7 +165,7 @@ def call(
 ) -> None:
     """Calls ``function(&struct, first, last)`` of ``c_src/name.c`` over all tasks, on as many threads as torch uses.
 
-    ``params`` is the type of the struct. ``strided`` tensors are (batch, length, channels), passed as rows with adjacent channels; of ``whole``
+    ``params`` makes the struct. ``strided`` tensors are (batch, length, channels), passed as rows with adjacent channels; of ``whole``
     ones the kernel sees the beginning of a contiguous tensor. Outputs must be contiguous already.
     """
     views = {key: adjacent(t) for key, t in strided.items()}
@@ -174,9 +174,9 @@ def call(
     _run(library(name), function, arguments, tasks)
 
 
-def _run(loaded: ctypes.CDLL, function: str, arguments: Any, tasks: int) -> None:
+def _run(loaded: ctypes.CDLL, function: str, arguments: bytes, tasks: int) -> None:
     kernel = getattr(loaded, function)
-    where = ctypes.c_void_p(ctypes.addressof(arguments))
+    where = ctypes.c_char_p(arguments)
     threads = max(1, min(torch.get_num_threads(), tasks))
     if ctypes.c_int.in_dll(loaded, "has_openmp"):
         loaded.run_tasks(kernel, where, ctypes.c_int64(tasks), ctypes.c_int64(threads))

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.common import triton_unsupported, without_autocast
-from mamba_pretrain.ops.matmul import add_matmul
+from mamba_pretrain.ops.kernel_arguments import on_device_of
+from mamba_pretrain.ops.matmul import add_matmul, matmul
+from mamba_pretrain.ops.operator import operator
+from mamba_pretrain.ops.triton_launch import launch
 
 # Elements of a chunk's logits. On a CPU a cache-sized chunk is fastest; a GPU wants few large matmuls (about 8 bytes an element at the peak).
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -88,14 +91,14 @@ def _fused_losses(logits: Tensor, targets: Tensor, ignore_index: int, valid: int
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(4096, 1 << (columns - 1).bit_length())
-    with torch.cuda.device_of(logits):
-        triton_cross_entropy_kernels.softmax_gradient[(rows,)](
-            logits, targets, losses, logits.stride(0), columns, valid, ignore_index, GRADIENT=gradient, BLOCK=block, num_warps=8
-        )
+    align = 8 if columns % 8 == logits.stride(0) % 8 == 0 else 1  # padded vocabularies' rows are whole vectors
+    with on_device_of(logits):
+        arguments = (logits, targets, losses, logits.stride(0), columns, valid, ignore_index, gradient, align, block)
+        launch(triton_cross_entropy_kernels.softmax_gradient, (rows, 1, 1), *arguments, num_warps=16)
     return losses, logits
 
 
-@torch.library.custom_op("mamba_pretrain::linear_cross_entropy_loss", mutates_args=())
+@operator("linear_cross_entropy_loss")
 def loss_only(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, valid: int, dtype: torch.dtype, fused: bool) -> Tensor:
     """The loss where no gradient is wanted. ``hidden`` (tokens, d), ``targets`` (tokens,)."""
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -108,23 +111,32 @@ def loss_only(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
     return total
 
 
-@torch.library.custom_op("mamba_pretrain::linear_cross_entropy", mutates_args=())
+@operator("linear_cross_entropy")
 def loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, valid: int, dtype: torch.dtype, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and its gradients by ``hidden`` and by ``weight`` (fp32)."""
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     dhidden = torch.empty_like(hidden)
-    dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    dweight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    chunks = _chunks(hidden, weight)
+    if not chunks:
+        dweight.zero_()
     losses_of = _fused_losses if fused else _losses
     with without_autocast(hidden):
         cast = weight.to(dtype)
-        for rows in _chunks(hidden, weight):
+        for rows in chunks:
             h = hidden[rows].to(dtype)
             losses, dlogits = losses_of(F.linear(h, cast), targets[rows], ignore_index, valid, gradient=True)
             total += losses.sum()
-            dhidden[rows] = dlogits @ cast
-            add_matmul(dweight, dlogits.t(), h)
+            if dhidden.dtype == dtype:
+                torch.mm(dlogits, cast, out=dhidden[rows])
+            else:
+                dhidden[rows] = torch.mm(dlogits, cast)
+            if rows.start == 0:
+                matmul(dlogits.t(), h, torch.float32, out=dweight)
+            else:
+                add_matmul(dweight, dlogits.t(), h)
     return total, dhidden, dweight
 
 
@@ -145,8 +157,10 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _gradients(ctx, dloss, *_):  # type: ignore[no-untyped-def]
+    # In place: all activations are still there, which leaves no room for a second gradient of the vocabulary. Another pass through this graph
+    # is refused by autograd, which finds the saved tensors modified.
     dhidden, dweight = ctx.saved_tensors
-    return dhidden * dloss.to(dhidden.dtype), (dweight * dloss).to(ctx.weight_dtype), None, None, None, None, None
+    return dhidden.mul_(dloss.to(dhidden.dtype)), dweight.mul_(dloss).to(ctx.weight_dtype), None, None, None, None, None
 
 
 loss_and_gradients.register_autograd(_gradients, setup_context=_setup_context)

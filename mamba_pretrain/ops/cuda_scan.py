@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mamba_pretrain.ops import cuda_scan_kernels as kernels
 from mamba_pretrain.ops import nvrtc, registry
-from mamba_pretrain.ops.kernel_arguments import adjacent
+from mamba_pretrain.ops.kernel_arguments import adjacent, on_device_of
+from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.scan_autograd import register_gradients
 
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? seq_idx"
@@ -24,13 +25,11 @@ def unsupported(request: registry.Request) -> str | None:
     u, states = request["u"], request["A"].shape[1]
     if states not in kernels.STATES:
         return f"it has kernels for {', '.join(map(str, kernels.STATES))} states a channel, not {states}"
-    if any(t.dtype not in kernels.SCALAR_TYPES for t in (u, request["delta"], request["B"], request["C"])):
+    if not kernels.SCALAR_TYPES.keys() >= {u.dtype, request["delta"].dtype, request["B"].dtype, request["C"].dtype}:
         return f"it computes in fp32, fp16 or bf16, not {u.dtype}"
-    if torch.cuda.get_device_capability(u.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
     if u.numel() == 0 or u.shape[0] > 65535:
         return f"it takes 1 to 65535 rows that are not empty, not {tuple(u.shape)}"
-    return nvrtc.unavailable()
+    return nvrtc.unsupported(u.device)
 
 
 @registry.register("selective_scan", "cuda", priority=30, unsupported=unsupported)
@@ -71,29 +70,27 @@ def _operands(u, delta, A, B, C, D, z, delta_bias, seq_idx) -> kernels.Operands:
     return kernels.Operands(u, delta, A, B, C, D, z, delta_bias, seq_idx)
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::cuda_scan_forward",
-    mutates_args=(),
+@operator(
+    "cuda_scan_forward",
     device_types="cuda",
     schema=f"({_INPUTS}, Tensor? initial_state, bool save) -> (Tensor, Tensor, Tensor)",
 )
 def forward(u, delta, A, B, C, D, z, delta_bias, seq_idx, initial_state, save):  # type: ignore[no-untyped-def]
     """y (b, l, d), the final state (b, d, n) and, if ``save``, the states before tiles (b, tiles, d, n) for the backward pass."""
-    with torch.cuda.device(u.device):
+    with on_device_of(u):
         ops = _operands(u, delta, A, B, C, D, z, delta_bias, seq_idx)
         return kernels.forward(ops, None if initial_state is None else initial_state.contiguous(), save)
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::cuda_scan_backward",
-    mutates_args=(),
+@operator(
+    "cuda_scan_backward",
     device_types="cuda",
     schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor checkpoints)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, seq_idx, checkpoints):  # type: ignore[no-untyped-def]
     """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state); that of an absent z is empty, of others without meaning."""
-    with torch.cuda.device(u.device):
+    with on_device_of(u):
         ops = _operands(u, delta, A, B, C, D, z, delta_bias, seq_idx)
         dfinal = None if dfinal is None else dfinal.contiguous()
         return kernels.backward(ops, adjacent(dy), dfinal, checkpoints).in_order()

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ CARRY_COST = 0.5
 SCHEDULERS = 4  # of a multiprocessor; each runs its own warps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # `shape` gives the same object for the same question: it is found by identity
 class Shape:
     """A kernel's blocks: channels a quad, warps, blocks that fit on a multiprocessor, the grid over channels, and segments of the length."""
 
@@ -89,13 +90,14 @@ def shape(kernel: str, device: int, dtype: torch.dtype, batch: int, length: int,
 # -- argument structs, as in the sources --------------------------------------------------------------------------------------------------
 
 
-class Segments(ctypes.Structure):
+class Segments(NamedTuple):
     """How the length is cut."""
 
-    _fields_ = (("count", ctypes.c_int), ("length", ctypes.c_int))
+    count: int  # type: ignore[assignment]  # what tuples call so is of no use here
+    length: int
 
 
-_GEOMETRY = {**fields("length channels", ctypes.c_int), "segments": Segments}
+_GEOMETRY = fields("length channels segments_count segments_length", ctypes.c_int)
 ForwardParams = struct(
     "ForwardParams",
     **fields("u delta z B C", Rows),
@@ -230,9 +232,15 @@ def warm_up(
 
 def whole_vectors(width: int, *tensors: Tensor | None) -> bool:
     """Whether every row begins on 16 bytes and holds whole 16-byte chunks."""
-    present = [t for t in tensors if t is not None]
-    chunk = 16 // present[0].element_size()
-    return width % chunk == 0 and all(t.data_ptr() % 16 == 0 and t.stride(0) % chunk == 0 and t.stride(1) % chunk == 0 for t in present)
+    found = width
+    chunk = 1
+    for t in tensors:
+        if t is not None:
+            chunk = 16 // t.element_size()
+            if t.data_ptr() % 16:
+                return False
+            found |= t.stride(0) | t.stride(1)
+    return found % chunk == 0
 
 
 def _join(ops: Operands, carry: Tensor, delta_sum: Tensor, outer: Tensor | None, reverse: bool) -> Tensor:
@@ -253,7 +261,7 @@ def _received(ops: Operands, segments: Segments, values: Tensor, outer: Tensor |
         *map(pointer, (ops.A, ops.delta_bias, ops.seq_idx, carry, delta_sum)),
         ops.length,
         ops.channels,
-        segments,
+        *segments,
     )
     kernel = ops.kernel("scan_carry", values, int(reverse))
     kernel((ops.shape("scan_carry").blocks, ops.batch, segments.count), params)
@@ -276,7 +284,7 @@ def forward(ops: Operands, initial: Tensor | None, save: bool) -> tuple[Tensor, 
         *map(pointer, (y, ops.A, ops.D, ops.delta_bias, ops.seq_idx, received, final, checkpoints if save else None)),
         ops.length,
         ops.channels,
-        segments,
+        *segments,
     )
     ops.kernel("scan_forward")((shape.blocks, ops.batch, segments.count), params)
     return y, final, checkpoints
@@ -349,7 +357,7 @@ def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Te
         ),
         ops.length,
         ops.channels,
-        segments,
+        *segments,
     )
     ops.kernel("scan_backward", dout)((blocks, ops.batch, segments.count), params)
     bc_grid = math.ceil(ops.batch * ops.length * ops.states * 2 / 4 / 256)

@@ -43,6 +43,7 @@ def attention_flops(length: int, n_head: int, headdim: int) -> float:
 for _module in (
     "causal_conv1d",
     "cross_entropy",
+    "fp8",
     "c_scan",
     "c_conv",
     "c_ssd",
@@ -50,6 +51,7 @@ for _module in (
     "cuda_conv",
     "selective_scan_reference",
     "ssd_scan_reference",
+    "triton_ssd",
 ):
     importlib.import_module(f"mamba_pretrain.ops.{_module}")  # defines the operators named below
 _ops = torch.ops.mamba_pretrain
@@ -66,33 +68,33 @@ def _(dy: Any, dfinal: Any, u: Any, delta: Any, A: Any, *args: Any, out_shape: A
 
 
 # Their last arguments are the chunk size and the two limits of dt.
-@register_flop_formula([_ops.ssd_scan_forward, _ops.c_ssd_forward])
+@register_flop_formula([_ops.ssd_scan_forward, _ops.c_ssd_forward, _ops.triton_ssd_forward])
 def _(x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return ssd_scan_flops(x[0] * x[1], x[1], args[-3], x[2], x[3], B[2], B[3])
 
 
-@register_flop_formula([_ops.ssd_scan_backward, _ops.c_ssd_backward])
+@register_flop_formula([_ops.ssd_scan_backward, _ops.c_ssd_backward, _ops.triton_ssd_backward])
 def _(dy: Any, dfinal: Any, x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * ssd_scan_flops(x[0] * x[1], x[1], args[-3], x[2], x[3], B[2], B[3])
 
 
-@register_flop_formula(_ops.causal_conv1d_forward)
+@register_flop_formula([_ops.causal_conv1d_forward, _ops.cuda_conv1d_forward])
 def _(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return causal_conv1d_flops(x[0] * x[1], x[2], weight[1])
 
 
-@register_flop_formula(_ops.causal_conv1d_backward)
+@register_flop_formula([_ops.causal_conv1d_backward, _ops.cuda_conv1d_backward])
 def _(dy: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * causal_conv1d_flops(x[0] * x[1], x[2], weight[1])
 
 
-# Kernels take the weight as (taps, channels).
-@register_flop_formula([_ops.c_conv1d_forward, _ops.cuda_conv1d_forward])
+# The C kernels take the weight as (taps, channels).
+@register_flop_formula(_ops.c_conv1d_forward)
 def _(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return causal_conv1d_flops(x[0] * x[1], x[2], weight[0])
 
 
-@register_flop_formula([_ops.c_conv1d_backward, _ops.cuda_conv1d_backward])
+@register_flop_formula(_ops.c_conv1d_backward)
 def _(dy: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * causal_conv1d_flops(x[0] * x[1], x[2], weight[0])
 
@@ -105,3 +107,8 @@ def _(hidden: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 @register_flop_formula(_ops.linear_cross_entropy)
 def _(hidden: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 3 * linear_flops(hidden[0], hidden[1], weight[0])
+
+
+@register_flop_formula(_ops.fp8_matmul)
+def _(a: Any, a_scale: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return linear_flops(a[0], a[1], b[0])

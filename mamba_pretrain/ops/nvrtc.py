@@ -53,6 +53,14 @@ def unavailable() -> str | None:
 
 
 @functools.cache
+def unsupported(device: torch.device) -> str | None:
+    """Why kernels cannot run on a CUDA device, in words, or None."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return unavailable()
+
+
+@functools.cache
 def compiler_version() -> tuple[int, int]:
     """Version of NVRTC."""
     return _call("nvrtc", "nvrtcVersion")
@@ -141,19 +149,28 @@ def architecture(device: int) -> str:
     return f"sm_{max(fitting)}"
 
 
+_Pointer = ctypes.c_char_p * 1
+
+
+def _current_stream(device: int) -> int:
+    """The handle of torch's current stream, as Triton and torch's own compiler ask for it: ``torch.cuda.current_stream`` makes an object first."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
 @dataclass
 class Kernel:
-    """A loaded kernel. Launches go to torch's current stream."""
+    """A loaded kernel. Launches go to torch's current stream of its device, which must be the current one."""
 
     function: Any
     block: int
     shared_bytes: int
+    device: int
     _launch: Any = field(repr=False)
 
-    def __call__(self, grid: tuple[int, int, int], params: ctypes.Structure) -> None:
+    def __call__(self, grid: tuple[int, int, int], params: bytes) -> None:
         """Launches with one struct as the argument."""
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        stream = torch.cuda.current_stream().cuda_stream
+        arguments = _Pointer(params)
+        stream = _current_stream(self.device)
         (status,) = self._launch(self.function, *grid, self.block, 1, 1, self.shared_bytes, stream, ctypes.addressof(arguments), 0)
         if int(status) != 0:
             raise RuntimeError(
@@ -188,4 +205,4 @@ def _load(file: str, macros: Macros, block: int, device: int) -> Kernel:
         driver.cuMemcpyDtoH(ctypes.addressof(shared), address, size)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _call("driver", "cuFuncSetAttribute", function, attribute, shared.value)
-    return Kernel(function, block, shared.value, driver.cuLaunchKernel)
+    return Kernel(function, block, shared.value, device, driver.cuLaunchKernel)

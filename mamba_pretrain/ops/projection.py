@@ -7,6 +7,9 @@ The forward pass is torch.nn.Linear's, autocast included. What autograd would ad
 - an input that is used beside the projection (Mamba-1's u, which the scan takes as well) gets two gradients. Autograd adds them afterwards;
   here the matmul adds the second to the first, in place;
 - a weight's gradient is written in the weight's dtype at once, on CUDA; autograd writes it in autocast's and casts it.
+
+With an FP8 recipe the three matmuls run in 8 bits (``ops/fp8.py``). Parts of a gradient are then cast into one matrix, and one matmul each takes
+it. Without a backward pass (evaluation, generation) nothing does.
 """
 
 from __future__ import annotations
@@ -18,19 +21,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mamba_pretrain.ops import fp8
 from mamba_pretrain.ops.matmul import add_matmul, matmul
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` (..., out) of x (..., in), weight (out, in), bias (out,)."""
-    return _project(x, weight, bias, (weight.shape[0],), beside=False)[0]
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: fp8.Recipe | None = None) -> Tensor:
+    """``x @ weight.T + bias`` (..., out) of x (..., in), weight (out, in), bias (out,); in FP8 where there is a ``recipe``."""
+    return _project(x, weight, bias, (weight.shape[0],), beside=False, recipe=recipe)[0]
 
 
-def project_parts(x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int]) -> tuple[Tensor, ...]:
+def project_parts(
+    x: Tensor, weight: Tensor, bias: Tensor | None, widths: Sequence[int], recipe: fp8.Recipe | None = None
+) -> tuple[Tensor, ...]:
     """The same cut into parts (..., width), views of one result. Raises ValueError unless ``widths`` add up to the number of outputs."""
     if sum(widths) != weight.shape[0]:
         raise ValueError(f"parts of widths {tuple(widths)} do not add up to the {weight.shape[0]} outputs of the weight")
-    return _project(x, weight, bias, tuple(widths), beside=False)
+    return _project(x, weight, bias, tuple(widths), beside=False, recipe=recipe)
 
 
 def project_beside(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -43,11 +49,13 @@ def project_beside(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tup
     return kept, projected
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, widths: tuple[int, ...], beside: bool) -> tuple[Tensor, ...]:
+def _project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, widths: tuple[int, ...], beside: bool, recipe: fp8.Recipe | None = None
+) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return _Projection.apply(x, weight, bias, dtype, widths, beside)
+        return _Projection.apply(x, weight, bias, dtype, widths, beside, recipe)
     # Without a backward pass autocast does the casts: it casts a weight once for all the tokens of a generated text.
     y = F.linear(x, weight, bias)
     parts = (y,) if len(widths) == 1 else y.split_with_sizes(widths, dim=-1)
@@ -61,19 +69,32 @@ _alias = torch.ops.aten._unsafe_view.default  # the same memory in another shape
 class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None, widths: tuple[int, ...], beside: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype | None,
+        widths: tuple[int, ...],
+        beside: bool,
+        recipe: fp8.Recipe | None,
     ) -> tuple[Tensor, ...]:
         shape = x.shape
         rows, w, b = x.view(-1, shape[-1]) if x.is_contiguous() else x.reshape(-1, shape[-1]), weight, bias
-        # Without autocast nothing is cast, so that operands of different dtypes are the same error as in torch.nn.Linear.
-        if dtype is not None:
-            rows, w, b = rows.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
-        y = torch.mm(rows, w.t()) if b is None else torch.addmm(b, rows, w.t())
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        # A weight that needs no cast is saved as the parameter it is: an engine that frees and gathers its storage finds it again.
-        ctx.save_for_backward(rows if needs_weight else None, w if needs_x else None)
+        if recipe is not None:
+            y, saved = fp8.product(rows, w, dtype or x.dtype, recipe, (needs_x, needs_weight))
+            if b is not None:
+                y += b
+            ctx.save_for_backward(*saved)
+        else:
+            # Without autocast nothing is cast, so that operands of different dtypes are the same error as in torch.nn.Linear.
+            if dtype is not None:
+                rows, w, b = rows.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
+            y = torch.mm(rows, w.t()) if b is None else torch.addmm(b, rows, w.t())
+            # A weight that needs no cast is saved as the parameter it is: an engine that frees and gathers its storage finds it again.
+            ctx.save_for_backward(rows if needs_weight else None, w if needs_x else None)
         ctx.set_materialize_grads(False)
-        ctx.widths, ctx.beside, ctx.shape, ctx.device = widths, beside, shape, x.device.type
+        ctx.widths, ctx.beside, ctx.shape, ctx.device, ctx.recipe = widths, beside, shape, x.device.type, recipe
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         # Not views in autograd's books, as a matmul's own result is none: FSDP2 warns of modules that return views.
         y = _alias(y, (*shape[:-1], y.shape[1]))
@@ -89,15 +110,18 @@ class _Projection(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
     of_kept, of_parts = (gradients[0], gradients[1:]) if ctx.beside else (None, gradients)
     parts = [None if g is None else g.reshape(-1, width) for g, width in zip(of_parts, ctx.widths, strict=True)]
     x_dtype, weight_dtype, bias_dtype = ctx.dtypes
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    dx = _input_gradient(parts, ctx.widths, weight, of_kept, x_dtype) if needs_x else None
-    dweight = _weight_gradient(parts, ctx.widths, x, weight_dtype) if needs_weight else None
+    if ctx.recipe is not None:
+        dx, dweight = fp8.gradients(parts, ctx.widths, ctx.saved_tensors, (x_dtype, weight_dtype), ctx.recipe)
+    else:
+        x, weight = ctx.saved_tensors
+        dx = _input_gradient(parts, ctx.widths, weight, of_kept, x_dtype) if needs_x else None
+        dweight = _weight_gradient(parts, ctx.widths, x, weight_dtype) if needs_weight else None
     dbias = _bias_gradient(parts, ctx.widths, bias_dtype) if needs_bias else None
-    return None if dx is None else dx.view(ctx.shape), dweight, dbias, None, None, None
+    return None if dx is None else dx.view(ctx.shape), dweight, dbias, None, None, None, None
 
 
 def _input_gradient(

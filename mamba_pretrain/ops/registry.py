@@ -30,8 +30,13 @@ PROVIDERS = (
     "causal_conv1d",
     "rms_norm",
     "cross_entropy",
+    "conv_step",
+    "selective_step",
+    "ssd_step",
     "official",
     "triton_norm",
+    "triton_ssd",
+    "triton_step",
     "cuda_scan",
     "cuda_conv",
     "c_scan",
@@ -113,10 +118,11 @@ _settings = _Settings()
 def register(
     op: str, name: str, priority: int, unsupported: Predicate = lambda request: None, slow_on_cuda: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: registers a function with the op's own signature as its implementation ``name``."""
+    """Decorator: registers a function with the op's own signature as its implementation ``name``. ``unsupported`` is asked at every call."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        _implementations.setdefault(op, {})[name] = Implementation(op, name, function, priority, unsupported, slow_on_cuda)
+        named = {**_implementations.get(op, {}), name: Implementation(op, name, function, priority, unsupported, slow_on_cuda)}
+        _implementations[op] = dict(sorted(named.items(), key=lambda item: -item[1].priority))  # in the order in which calls ask
         return function
 
     return add
@@ -158,7 +164,7 @@ def resolve(op: str, request: Request) -> Implementation:
             )
         return _remember(chosen, request, "required")
     refused: list[str] = []
-    for candidate in sorted(candidates.values(), key=lambda i: -i.priority):
+    for candidate in candidates.values():
         if (why := candidate.unsupported(request)) is None:
             return _remember(candidate, request, "; ".join(refused) or "the best there is")
         refused.append(f"{candidate.name}: {why}")

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.common import row_blocks, silu_backward
+from mamba_pretrain.ops.operator import operator
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ def _gated_parts(x: Tensor, z: Tensor, eps: float, size: int) -> tuple[Tensor, T
     return gate, groups.mul_(scale), scale
 
 
-@torch.library.custom_op("mamba_pretrain::gated_rms_norm_forward", mutates_args=())
+@operator("gated_rms_norm_forward")
 def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int, dtype: torch.dtype) -> Tensor:
     """y in ``dtype``; ``x``, ``z`` (rows, d), groups of ``size`` channels."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -74,7 +75,7 @@ def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int, d
     return y
 
 
-@torch.library.custom_op("mamba_pretrain::gated_rms_norm_backward", mutates_args=())
+@operator("gated_rms_norm_backward")
 def gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z and weight."""
     dx, dz, w = torch.empty_like(x), torch.empty_like(z), weight.float()

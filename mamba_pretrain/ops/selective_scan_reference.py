@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba_pretrain.ops.common import without_autocast
+from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.scan_autograd import register_gradients
 
 # Time steps of a segment, and elements (batch x time x state x channels) of a block: on a CPU what stays in the cache pays.
@@ -341,18 +342,15 @@ def _accumulate(ops: _Operands, grads: _Gradients, time: slice, channels: slice,
 _INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? starts"
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::selective_scan_forward", mutates_args=(), schema=f"({_INPUTS}, Tensor? initial_state) -> (Tensor, Tensor, Tensor)"
-)
+@operator("selective_scan_forward", schema=f"({_INPUTS}, Tensor? initial_state) -> (Tensor, Tensor, Tensor)")
 def forward(u, delta, A, B, C, D, z, delta_bias, starts, initial_state):  # type: ignore[no-untyped-def]
     """y (b, l, d), the final state (b, d, n), and the states before chunks (b, chunks, n, d) that the backward pass starts from."""
     with without_autocast(u):
         return _forward(u, delta, A, B, C, D, z, delta_bias, starts, initial_state)
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::selective_scan_backward",
-    mutates_args=(),
+@operator(
+    "selective_scan_backward",
     schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor before) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, starts, before):  # type: ignore[no-untyped-def]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba_pretrain.ops.common import without_autocast
+from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.scan_autograd import register_gradients
 
 # Time steps handled by one matmul, and elements (batch x time x heads x chunk) of a block: on a CPU what stays in the cache pays.
@@ -345,9 +346,8 @@ _INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor?
 _OPTIONS = "int chunk_size, float dt_min, float dt_max"
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::ssd_scan_forward",
-    mutates_args=(),
+@operator(
+    "ssd_scan_forward",
     schema=f"({_INPUTS}, Tensor? initial_state, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def forward(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
@@ -356,9 +356,8 @@ def forward(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, chunk_size, dt
         return _forward(_Operands(x, dt, A, B, C, D, z, dt_bias, starts, chunk_size, dt_min, dt_max), initial_state)
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::ssd_scan_backward",
-    mutates_args=(),
+@operator(
+    "ssd_scan_backward",
     schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor before, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )

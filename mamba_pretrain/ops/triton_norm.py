@@ -5,13 +5,19 @@ Runs on CUDA, and on a CPU under Triton's interpreter (TRITON_INTERPRET=1) for t
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.common import triton_unsupported
+from mamba_pretrain.ops.kernel_arguments import on_device_of
+from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.registry import Request
 from mamba_pretrain.ops.rms_norm import output_dtype
+from mamba_pretrain.ops.triton_launch import launch
 
 MAX_CHANNELS = 16384
 
@@ -27,114 +33,140 @@ def unsupported(request: Request) -> str | None:
 @registry.register("rms_norm", "triton", priority=30, unsupported=unsupported)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """See ``rms_norm.rms_norm``."""
-    y, new_residual, _ = rms_forward(_rows(x), None if residual is None else _rows(residual), weight.contiguous(), eps, output_dtype(x))
-    return y.view(x.shape) if residual is None else (y.view(x.shape), new_residual.view(x.shape))
+    y, new_residual, _ = rms_forward(x, residual, weight, eps, output_dtype(x))
+    return y if residual is None else (y, new_residual)
 
 
 @registry.register("gated_rms_norm", "triton", priority=30, unsupported=unsupported)
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int | None) -> Tensor:
     """See ``rms_norm.gated_rms_norm``."""
-    size = group_size or x.shape[-1]
-    return gated_forward(_rows(x), _rows(z), weight.contiguous(), eps, size, output_dtype(x))[0].view(x.shape)
+    return gated_forward(x, z, weight, eps, group_size or x.shape[-1], output_dtype(x))[0]
 
 
 def _rows(t: Tensor) -> Tensor:
-    """(..., d) as (rows, d) with contiguous channels: a view wherever the rows are evenly spaced."""
+    """(..., d) as (rows, d) with adjacent channels: a view wherever the rows are evenly spaced."""
     flat = t.reshape(-1, t.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _launch(size: int) -> dict[str, int]:
-    """Block and warps for ``size`` channels a program."""
-    block = 1 << max(4, (size - 1).bit_length())
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+# A thread has 4 neighbouring channels: with 8, Triton lays fp32 and 16-bit rows out differently and brings them together through shared memory.
+WARP_CHANNELS = 128
 
 
-def _programs(rows: int, groups: int, device: torch.device) -> int:
-    """Programs of a backward pass: enough to fill the device a few times, each with rows to walk over."""
+@dataclass(frozen=True)
+class Tuning:
+    """How a backward pass runs: rows that a program loads at once, stages of its loop (with the memory that what is on its way may take), and
+    warps that a multiprocessor should hold."""
+
+    rows: int
+    stages: int
+    resident: int
+    warp_channels: int = WARP_CHANNELS
+
+
+TUNING = Tuning(rows=1, stages=3, resident=32)
+SHARED_BYTES = 96 * 1024  # of a multiprocessor, on every GPU from compute capability 8.0 on
+
+
+def _block(size: int) -> int:
+    return 1 << max(4, (size - 1).bit_length())
+
+
+def _warps(size: int, channels: int) -> int:
+    return min(32, max(1, _block(size) // channels))
+
+
+@functools.cache
+def _backward_launch(tuning: Tuning, rows: int, size: int, groups: int, device: torch.device) -> tuple[int, tuple[int, int, int], int]:
+    """Programs a group, enough to fill the device, each with rows to walk over; their ROWS, STAGES and BLOCK; and their warps."""
+    block, warps = _block(size), _warps(size, tuning.warp_channels)
+    ahead = SHARED_BYTES // (10 * block * tuning.rows)  # the gradient of y in 16 bits, the sum and its gradient in fp32
     cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(rows, -(-4 * cores // groups)))
+    programs = max(1, min(-(-rows // tuning.rows), -(-max(1, tuning.resident // warps) * cores // groups)))
+    return programs, (tuning.rows, min(tuning.stages, 1 + ahead), block), warps
 
 
-@torch.library.custom_op("mamba_pretrain::triton_rms_norm_forward", mutates_args=())
+@operator("triton_rms_norm_forward")
 def rms_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """y (rows, d) in ``dtype``; the new residual, fp32 (empty without one); and 1 / rms of every row."""
+    """y (..., d) in ``dtype``; the new residual, fp32 (empty without one); and 1 / rms of every row."""
     from mamba_pretrain.ops import triton_norm_kernels
 
     y, new_residual, scale = _rms_outputs(x, residual, dtype)
-    rows, n = x.shape
-    with torch.cuda.device_of(x):
-        triton_norm_kernels.rms_forward[(rows,)](
-            x, residual, weight, y, new_residual, scale, x.stride(0), 0 if residual is None else residual.stride(0), n, eps,
-            HAS_RESIDUAL=residual is not None, **_launch(n),
+    x, residual, n = _rows(x), None if residual is None else _rows(residual), x.shape[-1]
+    with on_device_of(x):
+        launch(
+            triton_norm_kernels.rms_forward, (len(x), 1, 1),
+            x, residual, weight.contiguous(), y, new_residual, scale, x.stride(0), 0 if residual is None else residual.stride(0), n, eps,
+            residual is not None, _block(n), num_warps=_warps(n, WARP_CHANNELS),
         )  # fmt: skip
     return y, new_residual, scale
 
 
 def _rms_outputs(x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     new_residual = x.new_empty(x.shape if residual is not None else (0,), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=dtype), new_residual, x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), new_residual, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("mamba_pretrain::triton_rms_norm_backward", mutates_args=())
+@operator("triton_rms_norm_backward")
 def rms_backward(
     dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor, x_dtype: torch.dtype, has_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and weight, and of the residual (fp32; empty where there is none, or where x is fp32 too: then it is that of x)."""
     from mamba_pretrain.ops import triton_norm_kernels
 
-    rows, n = total.shape
-    dx, dresidual, _ = _rms_gradients(total, weight, x_dtype, has_residual)
-    parts = dx.new_empty((_programs(rows, 1, dx.device), n), dtype=torch.float32)
-    with torch.cuda.device_of(dx):
-        triton_norm_kernels.rms_backward[(parts.shape[0],)](
-            dy, dsum, total, weight, scale, dx, dresidual, parts, total.stride(0), rows, n,
-            HAS_DSUM=dsum is not None, STORE_DRESIDUAL=dresidual.numel() > 0, **_launch(n),
+    dx, dresidual = _rms_gradients(total, x_dtype, has_residual)
+    rows, n = _rows(total), total.shape[-1]
+    programs, options, warps = _backward_launch(TUNING, len(rows), n, 1, dx.device)
+    parts = dx.new_empty((programs, n), dtype=torch.float32)
+    with on_device_of(dx):
+        launch(
+            triton_norm_kernels.rms_backward, (programs, 1, 1),
+            dy, dsum, rows, weight.contiguous(), scale, dx, dresidual, parts, rows.stride(0), len(rows), n,
+            dsum is not None, dresidual.numel() > 0, *options, num_warps=warps,
         )  # fmt: skip
     return dx, dresidual, parts.sum(0).to(weight.dtype)
 
 
-def _rms_gradients(total: Tensor, weight: Tensor, x_dtype: torch.dtype, has_residual: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_gradients(total: Tensor, x_dtype: torch.dtype, has_residual: bool) -> tuple[Tensor, Tensor]:
     separate = has_residual and x_dtype != torch.float32
     dresidual = total.new_empty(total.shape if separate else (0,), dtype=torch.float32)
-    return total.new_empty(total.shape, dtype=x_dtype), dresidual, torch.empty_like(weight)
+    return total.new_empty(total.shape, dtype=x_dtype), dresidual
 
 
-@torch.library.custom_op("mamba_pretrain::triton_gated_rms_norm_forward", mutates_args=())
+@operator("triton_gated_rms_norm_forward")
 def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """y (rows, d) in ``dtype``, and 1 / rms of every group."""
+    """y (..., d) in ``dtype``, and 1 / rms of every group."""
     from mamba_pretrain.ops import triton_norm_kernels
 
     y, scale = _gated_outputs(x, size, dtype)
-    rows, n = x.shape
-    with torch.cuda.device_of(x):
-        triton_norm_kernels.gated_forward[(rows, n // size)](
-            x, z, weight, y, scale, x.stride(0), z.stride(0), n, size, eps, **_launch(size)
+    x, z, n = _rows(x), _rows(z), x.shape[-1]
+    with on_device_of(x):
+        launch(
+            triton_norm_kernels.gated_forward, (len(x), n // size, 1),
+            x, z, weight.contiguous(), y, scale, x.stride(0), z.stride(0), n, size, eps, _block(size), num_warps=_warps(size, WARP_CHANNELS),
         )  # fmt: skip
     return y, scale
 
 
 def _gated_outputs(x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0], x.shape[1] // size), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], x.shape[-1] // size), dtype=torch.float32)
 
 
-@torch.library.custom_op("mamba_pretrain::triton_gated_rms_norm_backward", mutates_args=())
+@operator("triton_gated_rms_norm_backward")
 def gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, scale: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z and weight."""
     from mamba_pretrain.ops import triton_norm_kernels
 
-    rows, n = x.shape
-    dx, dz, _ = _gated_gradients(x, z, weight)
-    parts = dx.new_empty((_programs(rows, n // size, dx.device), n), dtype=torch.float32)
-    with torch.cuda.device_of(dx):
-        triton_norm_kernels.gated_backward[(parts.shape[0], n // size)](
-            dy, x, z, weight, scale, dx, dz, parts, x.stride(0), z.stride(0), rows, n, size, **_launch(size)
+    dx, dz = x.new_empty(x.shape), z.new_empty(z.shape)
+    x, z, n = _rows(x), _rows(z), x.shape[-1]
+    programs, options, warps = _backward_launch(TUNING, len(x), size, n // size, dx.device)
+    parts = dx.new_empty((programs, n), dtype=torch.float32)
+    with on_device_of(dx):
+        launch(
+            triton_norm_kernels.gated_backward, (programs, n // size, 1),
+            dy, x, z, weight.contiguous(), scale, dx, dz, parts, x.stride(0), z.stride(0), len(x), n, size, *options, num_warps=warps,
         )  # fmt: skip
     return dx, dz, parts.sum(0).to(weight.dtype)
-
-
-def _gated_gradients(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), z.new_empty(z.shape), torch.empty_like(weight)
 
 
 # -- shapes for tracing, and gradients ------------------------------------------------------------------------------------------------------
@@ -147,7 +179,7 @@ def _(x, residual, weight, eps, dtype):  # type: ignore[no-untyped-def]
 
 @rms_backward.register_fake
 def _(dy, dsum, total, weight, scale, x_dtype, has_residual):  # type: ignore[no-untyped-def]
-    return _rms_gradients(total, weight, x_dtype, has_residual)
+    return *_rms_gradients(total, x_dtype, has_residual), weight.new_empty(weight.shape)
 
 
 @gated_forward.register_fake
@@ -157,7 +189,7 @@ def _(x, z, weight, eps, size, dtype):  # type: ignore[no-untyped-def]
 
 @gated_backward.register_fake
 def _(dy, x, z, weight, scale, size):  # type: ignore[no-untyped-def]
-    return _gated_gradients(x, z, weight)
+    return x.new_empty(x.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
 
 
 def _setup_rms(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -1,7 +1,7 @@
 """Triton kernels of the norms. A program holds whole rows (or groups of a row) in registers; offsets are 64-bit.
 
-Backward programs walk over rows and sum their part of the weight's gradient; the parts are added afterwards in a fixed order, so the result
-does not depend on scheduling.
+Backward programs walk over rows, ROWS at a time, and sum their part of the weight's gradient; the parts are added afterwards in a fixed order, so
+the result does not depend on scheduling. With STAGES above 1 the loads of that many steps less one are on their way ahead of the arithmetic.
 """
 
 from __future__ import annotations
@@ -32,29 +32,32 @@ def rms_forward(
 @triton.jit
 def rms_backward(
     dy_ptr, dsum_ptr, sum_ptr, weight_ptr, scale_ptr, dx_ptr, dresidual_ptr, dweight_ptr, sum_stride, rows, n,
-    HAS_DSUM: tl.constexpr, STORE_DRESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DSUM: tl.constexpr, STORE_DRESIDUAL: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows pid, pid + programs, ...: gradients of s in the dtypes of x and of the residual, and this program's part of dweight."""
-    columns = tl.arange(0, BLOCK)
-    mask = columns < n
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK,), dtype=tl.float32)
-    row = tl.program_id(0).to(tl.int64)
-    for _ in range(tl.program_id(0), rows, tl.num_programs(0)):
-        scale = tl.load(scale_ptr + row)
-        normalised = tl.load(sum_ptr + row * sum_stride + columns, mask=mask, other=0.0).to(tl.float32) * scale
+    """Every num_programs-th block of ROWS rows: gradients of s in the dtypes of x and of the residual, and this program's part of dweight."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = columns < n
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros((1, BLOCK), dtype=tl.float32)
+    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        mask = (row < rows) & inside
+        total = tl.load(sum_ptr + row * sum_stride + columns, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * n + columns, mask=mask, other=0.0).to(tl.float32)
-        dweight += dy * normalised
+        if HAS_DSUM:
+            dsum = tl.load(dsum_ptr + row * n + columns, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)
+        normalised = total * scale
+        dweight += tl.sum(dy * normalised, axis=0, keep_dims=True)
         dnormalised = dy * weight
-        along = tl.sum(dnormalised * normalised, axis=0) / n
+        along = tl.sum(dnormalised * normalised, axis=1, keep_dims=True) / n
         ds = (dnormalised - normalised * along) * scale
         if HAS_DSUM:
-            ds += tl.load(dsum_ptr + row * n + columns, mask=mask, other=0.0).to(tl.float32)
+            ds += dsum
         tl.store(dx_ptr + row * n + columns, ds.to(dx_ptr.dtype.element_ty), mask=mask)
         if STORE_DRESIDUAL:
             tl.store(dresidual_ptr + row * n + columns, ds.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        row += tl.num_programs(0)
-    tl.store(dweight_ptr + tl.program_id(0) * n + columns, dweight, mask=mask)
+    tl.store(dweight_ptr + tl.program_id(0) * n + columns, dweight, mask=inside)
 
 
 @triton.jit
@@ -79,30 +82,30 @@ def gated_forward(
 @triton.jit
 def gated_backward(
     dy_ptr, x_ptr, z_ptr, weight_ptr, scale_ptr, dx_ptr, dz_ptr, dweight_ptr, x_stride, z_stride, rows, n, size,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One group of rows pid, pid + programs, ...: gradients of x and z, and this program's part of dweight."""
+    """One group of every num_programs-th block of ROWS rows: gradients of x and z, and this program's part of dweight."""
     group = tl.program_id(1)
-    within = tl.arange(0, BLOCK)
-    mask = within < size
+    within = tl.arange(0, BLOCK)[None, :]
+    inside = within < size
     columns = group * size + within
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    dweight = tl.zeros((BLOCK,), dtype=tl.float32)
-    row = tl.program_id(0).to(tl.int64)
-    for _ in range(tl.program_id(0), rows, tl.num_programs(0)):
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    dweight = tl.zeros((1, BLOCK), dtype=tl.float32)
+    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        mask = (row < rows) & inside
         x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + row * z_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row * n + columns, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row * tl.num_programs(1) + group, mask=row < rows, other=0.0)
         open_ = tl.sigmoid(z)
         gate = z * open_
-        scale = tl.load(scale_ptr + row * tl.num_programs(1) + group)
         normalised = x * gate * scale
-        dy = tl.load(dy_ptr + row * n + columns, mask=mask, other=0.0).to(tl.float32)
-        dweight += dy * normalised
+        dweight += tl.sum(dy * normalised, axis=0, keep_dims=True)
         dnormalised = dy * weight
-        along = tl.sum(dnormalised * normalised, axis=0) / size
+        along = tl.sum(dnormalised * normalised, axis=1, keep_dims=True) / size
         ds = (dnormalised - normalised * along) * scale
         tl.store(dx_ptr + row * n + columns, (ds * gate).to(dx_ptr.dtype.element_ty), mask=mask)
         dz = ds * x * open_ * (1.0 + z * (1.0 - open_))
         tl.store(dz_ptr + row * n + columns, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-        row += tl.num_programs(0)
-    tl.store(dweight_ptr + tl.program_id(0) * n + columns, dweight, mask=mask)
+    tl.store(dweight_ptr + tl.program_id(0) * n + columns, dweight, mask=inside)

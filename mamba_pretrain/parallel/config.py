@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# DeepSpeed decides in Python, pass by pass, what it exchanges: that cannot be replayed.
+GRAPHED = ("single", "ddp", "fsdp2", "hsdp")
 
 
 class ParallelConfig(BaseModel):
@@ -18,13 +21,14 @@ class ParallelConfig(BaseModel):
     )
     hsdp_shard_size: int | None = Field(None, ge=1, description="hsdp: processes that share one copy; empty: those of one node")
     reshard_after_forward: bool = Field(True, description="fsdp2, hsdp: free gathered weights between forward and backward (less memory)")
-    activation_checkpointing: Literal["none", "block", "selective"] = Field(
-        "none", description="recompute whole blocks, or (selective) all but the scans' and projections' outputs, in the backward pass"
+    activation_checkpointing: Literal["none", "selective", "projections", "block"] = Field(
+        "none",
+        description="recompute in the backward pass: selective all but the scans' and projections' outputs, projections all but theirs, "
+        "block whole blocks",
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
-        # Not auto until its tests have passed on a GPU.
-        "off",
-        description="single, on a GPU: record forward and backward pass once and replay them, so that no kernel waits for Python; "
+        "auto",
+        description="single, ddp, fsdp2, hsdp on GPUs: record forward and backward pass once and replay them, so that no kernel waits for Python; "
         "auto: where possible",
     )
     reduce_dtype: Literal["fp32", "bf16"] = Field(
@@ -38,8 +42,7 @@ class ParallelConfig(BaseModel):
     @field_validator("cuda_graphs", mode="before")
     @classmethod
     def _word(cls, value: Any) -> Any:
-        """YAML reads a bare ``on`` and ``off`` as true and false."""
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+        return _on_or_off(value)
 
 
 class PrecisionConfig(BaseModel):
@@ -50,3 +53,35 @@ class PrecisionConfig(BaseModel):
     compute: Literal["bf16", "fp32"] = Field(
         "bf16", description="dtype of matmuls; A_log, D, dt_bias and norm weights are used in fp32 always"
     )
+    fp8: Literal["off", "tensorwise", "rowwise", "blockwise"] = Field(
+        "off",
+        description="8-bit matmuls in in_proj, out_proj, qkv_proj and the MLP (training only; not head, x_proj, dt_proj), with one scale per "
+        "tensor, per row, or per 128 values of a row (Hopper only); needs compute=bf16",
+    )
+
+    @field_validator("fp8", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return _on_or_off(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> PrecisionConfig:
+        if self.fp8 != "off" and self.compute != "bf16":
+            raise ValueError(f"fp8={self.fp8} replaces matmuls in bf16; set compute=bf16 or fp8=off")
+        return self
+
+
+def graphs_unsupported(parallel: ParallelConfig, strategy: str, device: str) -> str | None:
+    """What CUDA graphs need and this run has not, in words, or None."""
+    if strategy not in GRAPHED:
+        return f"parallel.strategy={', '.join(GRAPHED[:-1])} or {GRAPHED[-1]}, not {strategy}"
+    if device != "cuda":
+        return f"a CUDA device, not {device}"
+    if parallel.cpu_offload:
+        return "gradients that stay on the GPU, not parallel.cpu_offload=true"
+    return None
+
+
+def _on_or_off(value: Any) -> Any:
+    """YAML reads a bare ``on`` and ``off`` as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value

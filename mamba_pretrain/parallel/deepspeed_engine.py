@@ -45,6 +45,7 @@ class DeepSpeedEngine(Engine):
                 "choose a divisor"
             )
         config = zero_config(self._stage, self.parallel, self.precision)
+        self.lower_projections(model)
         recompute(model, self.parallel.activation_checkpointing)
         # Takes over the process group that exists; the backend only has to be named.
         backend = "nccl" if self.topology.device.type == "cuda" else "gloo"

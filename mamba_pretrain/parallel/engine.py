@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mamba_pretrain.models.boundaries import Boundaries
+from mamba_pretrain.models.fp8 import use_fp8
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.optim.build import Build
 from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
@@ -20,6 +22,8 @@ from mamba_pretrain.parallel.topology import Topology, strategy_of
 if TYPE_CHECKING:
     from mamba_pretrain.checkpoint.portable import Reader, Segment
     from mamba_pretrain.data.batch import Batch
+
+log = logging.getLogger(__name__)
 
 SkipIf = Callable[[Tensor], bool]
 
@@ -77,6 +81,12 @@ class Engine(ABC):
     @abstractmethod
     def full_state_dict(self) -> dict[str, Tensor]:
         """All fp32 weights by name on rank 0's CPU; every rank must call it, the others get an empty dict."""
+
+    def lower_projections(self, model: LanguageModel) -> None:
+        """FP8 for the projections of ``model``, where configured; every engine calls it before it wraps anything."""
+        if self.precision.fp8 != "off":
+            names = use_fp8(model, self.precision.fp8)
+            log.info("fp8: %d projections compute with %s scales", len(names), self.precision.fp8)
 
     def await_copy(self) -> None:
         """Called by ``step`` before it changes weights or moments: a save may still be copying them."""

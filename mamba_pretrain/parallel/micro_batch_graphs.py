@@ -1,11 +1,13 @@
-"""A micro-batch's forward and backward pass recorded once per shape as CUDA graphs and replayed.
+"""A micro-batch's forward and backward pass recorded once per shape as one CUDA graph and replayed.
 
 A training step launches thousands of kernels, and from Python that takes longer than a small model's kernels take to run. A replay is one
-launch each for forward and backward pass. It reads its batch from fixed buffers and leaves its gradients in fixed buffers, and it runs the very
-kernels that were recorded: results are those of the pass that launches them one by one.
+launch. It reads its batch from fixed buffers and leaves its gradients in fixed buffers, and it runs the very kernels that were recorded, the
+collectives of sharded training among them: results are those of the pass that launches them one by one.
 
-What is recorded must not wait for the device or look at its values; whether anything does is found out by recording. If that fails, a warning
-says why and training goes on launch by launch.
+Both passes are one recording: what sharded training gathers and frees between them is then ordered inside the graph.
+
+What is recorded must not wait for the device or look at its values; whether anything does is found out by recording. If that fails in one
+process, a warning says why and training goes on launch by launch. Of several processes one may fail alone, so there it is an error.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from data_tools.errors import UserError
 
 if TYPE_CHECKING:
     from mamba_pretrain.data.batch import Batch
@@ -29,7 +34,8 @@ MAX_SHAPES = 4
 _INPUTS = ("tokens", "labels", "seq_idx", "positions")
 
 Replay = Callable[[], None]
-Key = tuple[tuple[int, ...], bool]  # shape of the batch, and whether the graph overwrites the gradients (or adds to them)
+# Shape of the batch, whether the graph overwrites the gradients (or adds to them), and whether it is recorded as a step's last pass.
+Key = tuple[tuple[int, ...], bool, bool]
 
 
 class Recorder(Protocol):
@@ -89,13 +95,10 @@ class CudaRecorder:
 
 @dataclass(eq=False)
 class _Recording:
-    """One shape's batch, and what runs its passes. ``loss`` is what the forward pass last gave."""
+    """One shape's batch, and what runs its passes."""
 
     batch: Batch
-    loss: Tensor | None = None
-    forward: Replay | None = None
-    backward: Replay | None = None
-    live: Tensor | None = field(default=None, repr=False)  # the loss with its autograd graph, between the two passes
+    replay: Replay
 
 
 class MicroBatchGraphs:
@@ -108,66 +111,67 @@ class MicroBatchGraphs:
 
     def __init__(
         self,
-        loss_of: Callable[[Batch], Tensor],
-        scaled: Callable[[Tensor, Tensor], Tensor],
+        run: Callable[[Batch, Tensor, bool], Tensor],
         parameters: Sequence[nn.Parameter],
         device: torch.device,
         recorder: Recorder,
+        alone: bool = True,
     ) -> None:
-        """``loss_of(batch)`` on the device, and ``scaled(loss, divisor)``, whose gradient is wanted; ``parameters``: all that get one."""
-        self._loss_of = loss_of
-        self._scaled = scaled
+        """``run(batch, divisor, last)`` launches both passes of a batch and returns its loss; ``parameters``: all that get a gradient;
+        ``alone``: no other process waits for this one, so that a recording may fail."""
+        self._run = run
+        self._alone = alone
         self._parameters = list(parameters)
         self._device = device
         self._recorder = recorder
-        self._divisor = torch.ones((), dtype=torch.float32, device=device)
+        self._divisor, self._loss = (torch.ones((), dtype=torch.float32, device=device) for _ in range(2))
         self._recordings: dict[Key, _Recording] = {}
         self._batches: dict[tuple[int, ...], Batch] = {}
         self._gradients: list[Tensor | None] | None = None
-        self._overwriting: tuple[int, ...] | None = None  # the shape whose graph made the gradients' buffers
+        self._overwriting: tuple[tuple[int, ...], bool] | None = (
+            None  # shape and place in a step of the graph that made the gradients' buffers
+        )
         self._launched: set[tuple[int, ...]] = set()  # shapes of this step
         self._ready: set[tuple[int, ...]] = set()  # shapes of earlier steps, whose kernels are compiled and tuned
         self._pending: tuple[_Recording, Tensor] | None = None
         self.failed: str | None = None
 
-    def loss(self, batch: Batch, launch: bool = False) -> Tensor | None:
-        """The loss of a micro-batch, whose gradient ``backward`` adds; None if it must be launched. ``launch``: asks for that."""
+    def loss(self, batch: Batch, last: bool, launch: bool = False) -> Tensor | None:
+        """The loss of a micro-batch, not a number until ``backward`` has run its recording; None if it must be launched. ``launch``: asks
+        for that."""
         self._pending = None
         if self.failed is not None:
             return None
         shape = tuple(batch.tokens.shape)
-        state = self._accumulated()
-        if launch or state == "launched" or shape not in self._ready:
+        begun = self._accumulated()
+        if launch or self._launched or shape not in self._ready:
+            self._make_room(begun)
             self._launched.add(shape)
-            self._make_room(state)
             return None
-        if state == "nothing" and self._overwriting not in (None, shape):
+        if not begun and self._overwriting not in (None, (shape, last)):
             self._clear_gradients()
-            state = "recorded"
+            begun = True
         try:
-            recording = self._recording(shape, overwrite=state == "nothing")
+            recording = self._recording(shape, not begun, last)
         except Exception as error:  # whatever a library does that a recording does not allow
             self._give_up(error)
             return None
         for name in _INPUTS:
             getattr(recording.batch, name).copy_(getattr(batch, name), non_blocking=True)
-        assert recording.forward is not None
-        recording.forward()
-        assert recording.loss is not None
-        loss = recording.loss.clone()  # the next replay overwrites its own
+        loss = torch.full_like(self._loss, float("nan"))
         self._pending = recording, loss
         return loss
 
     def backward(self, loss: Tensor, divisor: Tensor) -> bool:
-        """Adds the gradient if ``loss`` is the last that a recording gave, as it must be."""
+        """Computes ``loss`` and adds its gradient, if it is the last that ``loss`` gave, as it must be."""
         pending, self._pending = self._pending, None
         if pending is None or pending[1] is not loss:
             if loss.requires_grad:
                 return False
             raise RuntimeError("the backward pass of a recorded micro-batch must follow its forward pass at once, and only once")
-        assert pending[0].backward is not None
         self._divisor.copy_(divisor)
-        pending[0].backward()
+        pending[0].replay()
+        loss.copy_(self._loss)  # which the next replay overwrites
         self._hand_out()
         return True
 
@@ -178,13 +182,9 @@ class MicroBatchGraphs:
 
     # -- gradients
 
-    def _accumulated(self) -> str:
-        """What the parameters' gradients are: ``nothing`` yet, of ``recorded`` passes, or ``launched`` ones (which no recording knows)."""
-        present = [(i, p.grad) for i, p in enumerate(self._parameters) if p.grad is not None]
-        if not present:
-            return "nothing"
-        index, gradient = present[0]
-        return "recorded" if self._gradients is not None and self._gradients[index] is gradient else "launched"
+    def _accumulated(self) -> bool:
+        """Whether this step has gradients already."""
+        return bool(self._launched) or any(p.grad is not None for p in self._parameters)
 
     def _hand_out(self) -> None:
         assert self._gradients is not None
@@ -193,20 +193,21 @@ class MicroBatchGraphs:
 
     def _clear_gradients(self) -> None:
         assert self._gradients is not None
-        torch._foreach_zero_([g for g in self._gradients if g is not None])
+        torch._foreach_zero_([g.to_local() if isinstance(g, DTensor) else g for g in self._gradients if g is not None])
         self._hand_out()
 
     # -- recording
 
-    def _recording(self, shape: tuple[int, ...], overwrite: bool) -> _Recording:
-        if (shape, overwrite) not in self._recordings:
+    def _recording(self, shape: tuple[int, ...], overwrite: bool, last: bool) -> _Recording:
+        key = shape, overwrite, last
+        if key not in self._recordings:
             if shape not in self._batches and len(self._batches) >= MAX_SHAPES:
                 raise ValueError(f"there are batches of more than {MAX_SHAPES} shapes")
-            self._recordings[shape, overwrite] = self._record(self._static_batch(shape), overwrite)
+            self._recordings[key] = self._record(self._static_batch(shape), overwrite, last)
             if overwrite:
-                self._overwriting = shape
+                self._overwriting = shape, last
                 log.info("CUDA graphs: recorded forward and backward pass of micro-batches of %s tokens", " x ".join(map(str, shape)))
-        return self._recordings[shape, overwrite]
+        return self._recordings[key]
 
     def _static_batch(self, shape: tuple[int, ...]) -> Batch:
         if shape not in self._batches:
@@ -216,33 +217,25 @@ class MicroBatchGraphs:
             self._batches[shape] = empty.map(lambda t: t.to(self._device).clone())
         return self._batches[shape]
 
-    def _record(self, batch: Batch, overwrite: bool) -> _Recording:
-        recording = _Recording(batch)
+    def _record(self, batch: Batch, overwrite: bool, last: bool) -> _Recording:
 
-        def forward() -> None:
+        def work() -> None:
             # Views: what is remembered by tensor (documents' numbers) is then computed in every recording, and by every replay.
-            recording.live = self._loss_of(batch.map(lambda t: t.view_as(t)))
-            recording.loss = recording.live.detach()
+            self._loss.copy_(self._run(batch.map(lambda t: t.view_as(t)), self._divisor, last))
 
-        def backward() -> None:
-            assert recording.live is not None
-            self._scaled(recording.live, self._divisor).backward()
-            recording.live = None
-
-        recording.forward = self._recorder.record(forward)
-        recording.backward = self._recorder.record(backward)
+        replay = self._recorder.record(work)
         if overwrite:
             # Recorded with no gradients there, the backward pass makes them, in memory that stays theirs as long as these are kept.
             self._gradients = [p.grad for p in self._parameters]
             for parameter in self._parameters:
                 parameter.grad = None
-        return recording
+        return _Recording(batch, replay)
 
     # -- ways out
 
-    def _make_room(self, state: str) -> None:
-        """Before a launched pass: two passes' activations may be more than the device holds."""
-        if state == "nothing" and self._recordings and not self._recorder.has_room():
+    def _make_room(self, begun: bool) -> None:
+        """Before a launched step: two passes' activations may be more than the device holds."""
+        if not begun and self._recordings and not self._recorder.has_room():
             log.info("CUDA graphs: given up for a step that must be launched, for want of memory; they will be recorded again")
             self._forget()
 
@@ -251,11 +244,18 @@ class MicroBatchGraphs:
         while first.__context__ is not None:
             first = first.__context__
         self.failed = f"{type(first).__name__}: {' '.join(str(first).split())[:300]}"
+        if not self._alone:
+            raise UserError(
+                f"the training step could not be recorded as a CUDA graph ({self.failed}), and other processes wait for this one; "
+                "set parallel.cuda_graphs=off and start again"
+            ) from error
         log.warning(
             "CUDA graphs cannot be used (%s); kernels are launched one by one, which is slower and gives the same results", self.failed
         )
-        gradients = self._gradients
-        if gradients is None or self._accumulated() != "recorded":
+        kept = self._gradients is not None and any(
+            p.grad is g for p, g in zip(self._parameters, self._gradients, strict=True) if g is not None
+        )
+        if not kept:
             for parameter in self._parameters:
                 parameter.grad = None  # of a recording that was cut off: nothing has been computed
         self._forget()

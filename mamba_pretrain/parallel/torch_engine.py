@@ -10,20 +10,25 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from data_tools.errors import UserError
 from mamba_pretrain.checkpoint.portable import Reader, Segment, check_moments, check_shapes, pieces
 from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.optim.build import Build, set_learning_rate
+from mamba_pretrain.optim.fused import fused_step, local_parts, takes_divisor
+from mamba_pretrain.parallel.config import graphs_unsupported
 from mamba_pretrain.parallel.engine import Engine, SkipIf, StepResult
 from mamba_pretrain.parallel.micro_batch_graphs import CudaRecorder, MicroBatchGraphs, Recorder
 from mamba_pretrain.parallel.recompute import recompute
+from mamba_pretrain.parallel.replicas import Replicas
 from mamba_pretrain.parallel.sharding import local_part, shard, writes_copy
 
 if TYPE_CHECKING:
     from mamba_pretrain.data.batch import Batch
+
+
+CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grads_with_norm_ adds to the norm
 
 
 class TorchEngine(Engine):
@@ -35,6 +40,7 @@ class TorchEngine(Engine):
     def prepare(self, model: LanguageModel, build_optimizer: Build, seed: int) -> None:
         """See ``Engine.prepare``."""
         self.model = model
+        self.lower_projections(model)
         recompute(model, self.parallel.activation_checkpointing)
         mesh = self._mesh()
         if mesh is not None:
@@ -45,18 +51,22 @@ class TorchEngine(Engine):
         # Kept from here on: while a forward pass has gathered a group, the module shows other tensors under these names.
         self._named: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
         self._sharded = mesh is not None
-        self._forward: nn.Module = self._replicated(model) if self.name == "ddp" else model
-        # Averaging engines divide by the number of processes; the loss is divided once, by the number of tokens, so this is undone.
-        self._scale = float(self.topology.world_size)
+        self._announced: bool | None = None  # what the sharded model was told last
+        parameters = [parameter for _, parameter in self._named]
+        self._shards = None if mesh is None else mesh.get_group("shard")  # the processes that hold one copy together
+        self._replicas = Replicas(parameters, self.topology.device) if self.name == "ddp" and self.topology.world_size > 1 else None
+        # FSDP averages over processes; the loss is divided once, by the number of tokens, so this is undone.
+        self._scale = float(self.topology.world_size) if self._sharded else 1.0
         self.optimizer = build_optimizer(self._named)
         self._graphs: MicroBatchGraphs | None = None
-        if self.name == "single" and self.topology.device.type == "cuda" and self.parallel.cuda_graphs != "off":
+        if self.parallel.cuda_graphs != "off" and graphs_unsupported(self.parallel, self.name, self.topology.device.type) is None:
             self.use_graphs(CudaRecorder(self.topology.device))
 
     def use_graphs(self, recorder: Recorder) -> None:
-        """Replays micro-batches from now on, from what ``recorder`` records of them; one process only."""
+        """Replays micro-batches from now on, from what ``recorder`` records of them."""
         parameters = [parameter for _, parameter in self._named]
-        self._graphs = MicroBatchGraphs(self._launched_loss, self._scaled, parameters, self.topology.device, recorder)
+        alone = self.topology.world_size == 1
+        self._graphs = MicroBatchGraphs(self._both_passes, parameters, self.topology.device, recorder, alone)
 
     def _mesh(self) -> DeviceMesh | None:
         kind, world = self.topology.device.type, self.topology.world_size
@@ -69,53 +79,78 @@ class TorchEngine(Engine):
             return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
         return None
 
-    def _replicated(self, model: LanguageModel) -> DistributedDataParallel:
-        devices = [self.topology.device] if self.topology.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
-
     def loss(self, batch: Batch, last: bool) -> Tensor:
         """See ``Engine.loss``."""
-        if self._sharded:
-            root = cast(Any, self.model)
+        # A recorded pass of sharded training sums its gradients, whichever it is, and launched ones beside it as well: same numbers, same memory.
+        last = last or (self._graphs is not None and self._replicas is None)
+        if self._graphs is not None and (loss := self._graphs.loss(batch, last, launch=bool(self.watchers))) is not None:
+            return loss
+        self._announce(last)
+        return self._launched_loss(batch)
+
+    def _announce(self, last: bool) -> None:
+        """Tells what shards or replicates the model whether gradients are summed over processes after the next backward pass."""
+        if self._sharded and last != self._announced:  # each call below walks over all modules
+            root, self._announced = cast(Any, self.model), last
             # Until the step's last micro-batch nothing is reduced, and what is gathered from forward to backward stays so in between.
             root.set_requires_gradient_sync(last)
             root.set_is_last_backward(last)
             root.set_reshard_after_backward(last or self.parallel.reshard_after_forward)
             root.set_reshard_after_backward(last, recurse=False)
-        elif isinstance(self._forward, DistributedDataParallel):
-            self._forward.require_backward_grad_sync = last
-        elif self._graphs is not None and (loss := self._graphs.loss(batch, launch=bool(self.watchers))) is not None:
-            return loss
-        return self._launched_loss(batch)
+        elif self._replicas is not None:
+            self._replicas.expect(last)
+
+    def _both_passes(self, batch: Batch, divisor: Tensor, last: bool) -> Tensor:
+        """What a recording holds."""
+        self._announce(last)
+        loss = self._launched_loss(batch)
+        self._launched_backward(loss, divisor)
+        return loss.detach()
 
     def _launched_loss(self, batch: Batch) -> Tensor:
         tokens, boundaries, labels = self.inputs(batch)
         with self.autocast():
-            return self._forward(tokens, boundaries, labels)
+            return self.model(tokens, boundaries, labels)
 
     def backward(self, loss: Tensor, divisor: Tensor) -> None:
         """See ``Engine.backward``."""
         if self._graphs is None or not self._graphs.backward(loss, divisor):
-            self._scaled(loss, divisor).backward()
+            self._launched_backward(loss, divisor)
 
-    def _scaled(self, loss: Tensor, divisor: Tensor) -> Tensor:
-        return loss * (self._scale / divisor)
+    def _launched_backward(self, loss: Tensor, divisor: Tensor) -> None:
+        (loss * (self._scale / divisor)).backward()
+        if self._replicas is not None:
+            self._replicas.finish()
 
     def step(self, lr: float, max_norm: float, skip_if: SkipIf | None = None) -> StepResult:
         """See ``Engine.step``."""
-        parameters = [p for _, p in self._named]
-        partial = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        norm = partial.full_tensor() if isinstance(partial, DTensor) else partial
+        norm = self._gradient_norm()
         skipped = skip_if is not None and skip_if(norm)
         if not skipped:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
             set_learning_rate(self.optimizer, lr)
-            self.await_copy()
-            self.optimizer.step()
+            if takes_divisor(self.optimizer):
+                divisor = ((norm + CLIP_EPS) / max_norm).clamp_(min=1.0)
+                self.await_copy()
+                fused_step(self.optimizer, divisor)
+            else:
+                torch.nn.utils.clip_grads_with_norm_([p for _, p in self._named], max_norm, norm, foreach=True)
+                self.await_copy()
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self._graphs is not None:
             self._graphs.step_done()
         return StepResult(norm, skipped)
+
+    @torch.no_grad()
+    def _gradient_norm(self) -> Tensor:
+        """The 2-norm of all gradients of all processes."""
+        norm = torch.nn.utils.get_total_norm(local_parts([p.grad for _, p in self._named if p.grad is not None]), foreach=True)
+        if self._shards is None:
+            return norm
+        # Every process norms its shards without DTensor's dispatcher, and the few numbers are summed; in fp64, since squares leave fp32's range.
+        squares = norm.double().square_()
+        torch.distributed.all_reduce(squares, group=self._shards)
+        return squares.sqrt_().to(norm.dtype)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:

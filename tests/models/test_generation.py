@@ -3,7 +3,7 @@ import torch
 
 from data_tools.errors import UserError
 from mamba_pretrain.models.config import ModelConfig
-from mamba_pretrain.models.generation import Sampling, filtered, generate, load_model, pick
+from mamba_pretrain.models.generation import Decoder, Sampling, filtered, generate, load_model, pick
 from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.models.pretrained import export_pretrained
@@ -72,6 +72,30 @@ def test_generation_stops_at_the_end_of_text(small_config, randomized):
     assert len(stopped[0]) <= 8
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_is_used_again(kind, small_config, randomized):
+    model = randomized(small_config(kind))
+    decoder = Decoder(model, 3, 40)
+    assert decoder(PROMPTS, 20) == generate(model, PROMPTS, 20)
+    others = [[1], [2, 3, 4], [7]]
+    assert decoder(others, 30) == generate(model, others, 30)
+    for wrong, n in (([[1]], 20), (PROMPTS, 34)):
+        with pytest.raises(UserError, match="do not fit a decoder of 3 x 40"):
+            decoder(wrong, n)
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2", "hybrid"])
+def test_states_may_be_kept_in_bf16(kind, small_config, randomized):
+    model = randomized(small_config(kind))
+    tokens = torch.randint(0, 61, (2, 12))
+    state = model.new_state(2, 12, "cpu", recurrent=torch.bfloat16)
+    assert {layer["ssm"].dtype for layer in state if "ssm" in layer} == {torch.bfloat16}
+    with torch.no_grad():
+        pieces = [model(piece, state=state) for piece in tokens.split([5, 1, 1, 5], dim=1)]
+        found, expected = torch.cat(pieces, 1), model(tokens)
+    assert 0 < (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 def test_sampling_is_seeded(small_config, randomized):
     model = randomized(small_config("mamba1"))
     first = generate(model, PROMPTS, 20, Sampling(seed=1))
@@ -98,7 +122,10 @@ def test_a_model_in_bf16_keeps_what_must_be_fp32(small_config, randomized):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_replayed_step_equals_the_plain_one(kind, small_config, randomized):
     model = load_model(small_config(kind), randomized(small_config(kind)).state_dict(), "cuda")
-    assert generate(model, PROMPTS, 40, device="cuda") == generate(model, PROMPTS, 40, device="cuda", cuda_graph=False)
+    expected = generate(model, PROMPTS, 40, device="cuda", cuda_graph=False)
+    assert generate(model, PROMPTS, 40, device="cuda") == expected
+    decoder = Decoder(model, 3, 50, device="cuda")
+    assert [decoder(PROMPTS, 40) for _ in range(2)] == [expected, expected]
 
 
 def test_draws_follow_the_distribution():

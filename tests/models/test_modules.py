@@ -45,8 +45,8 @@ def test_projections_give_a_model_the_gradients_of_linear_layers(pattern, device
     if pattern == "mamba2" and implementation == "cuda":
         pytest.skip("there is no such kernel")
     loss, found = gradients(device, implementation, compute, pattern=pattern)
-    monkeypatch.setattr(modules, "project", F.linear)
-    monkeypatch.setattr(modules, "project_parts", lambda x, weight, bias, widths: F.linear(x, weight, bias).split(widths, dim=-1))
+    monkeypatch.setattr(modules, "project", lambda x, weight, bias, recipe: F.linear(x, weight, bias))
+    monkeypatch.setattr(modules, "project_parts", lambda x, weight, bias, widths, recipe: F.linear(x, weight, bias).split(widths, dim=-1))
     monkeypatch.setattr(modules, "project_beside", lambda x, weight, bias: (x, F.linear(x, weight, bias)))
     plain, expected = gradients(device, implementation, compute, pattern=pattern)
     assert torch.equal(loss, plain)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,10 +40,11 @@ if style == "fsdp2":
 else:
     model = torch.nn.parallel.DistributedDataParallel(model)
 clock = ComputeClock(torch.device("cpu"))
-forward = clock.timed(lambda x: model(x).sum())
+engine = SimpleNamespace(model=model, loss=lambda x: model(x).sum())
+clock.watch(engine)
 with Watchdog(run_dir, SimpleNamespace(rank=rank), 60) as watchdog:
     for step in range(1, 12):
-        forward(torch.ones(1, 8)).backward()
+        engine.loss(torch.ones(1, 8)).backward()
         watchdog.beat(step, "compute", compute_seconds=clock.take())
 dist.destroy_process_group()
 """
@@ -64,9 +66,36 @@ def test_slowed_rank_is_named(tmp_path: Path, style: str) -> None:
 
 
 def test_clock_adds_up_and_starts_anew() -> None:
+    model = torch.nn.Linear(64, 64)
+    engine = SimpleNamespace(model=model, loss=lambda x: model(x).sum())
     clock = ComputeClock(torch.device("cpu"))
-    timed = clock.timed(lambda x: (x @ x).sum())
-    timed(torch.ones(64, 64))
-    timed(torch.ones(64, 64))
-    assert clock.take() > 0.0
+    clock.watch(engine)
+    engine.loss(torch.ones(64, 64))
+    one = clock.take()
+    assert one > 0.0
+    with torch.no_grad():
+        model(torch.ones(64, 64))
+    assert clock.take() == 0.0, "an evaluation is no part of a step"
+
+
+@pytest.mark.gpu
+def test_clock_times_replays() -> None:
+    """Passes of a CUDA graph: each replay counts, with the time it took on the device."""
+    device = torch.device("cuda")
+    model = torch.nn.Linear(4096, 4096, device=device)
+    x = torch.ones(4096, 4096, device=device)
+    engine = SimpleNamespace(model=model, loss=lambda x: model(x).sum())
+    clock = ComputeClock(device)
+    clock.watch(engine)
+    engine.loss(x)
+    torch.cuda.synchronize()
+    launched = clock.take()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(x).sum()
+    replayed = clock._counted(lambda: graph.replay())
+    for _ in range(3):
+        replayed()
+    torch.cuda.synchronize()
+    assert clock.take() / 3 == pytest.approx(launched, rel=0.9)
     assert clock.take() == 0.0

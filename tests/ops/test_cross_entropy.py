@@ -58,6 +58,21 @@ def test_nothing_to_predict_gives_zero_loss_and_gradient():
     assert all(torch.count_nonzero(g) == 0 for g in torch.autograd.grad(loss, [hidden, weight]))
 
 
+def test_no_tokens_give_zero_loss_and_gradient():
+    hidden, weight, labels = data()
+    loss = linear_cross_entropy(hidden[:, :0], weight, labels[:, :0])
+    assert loss.item() == 0
+    assert all(torch.count_nonzero(g) == 0 for g in torch.autograd.grad(loss, [hidden, weight]))
+
+
+def test_a_second_pass_through_one_graph_is_refused_not_wrong():
+    hidden, weight, labels = data()
+    loss = linear_cross_entropy(hidden, weight, labels)
+    torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, [hidden, weight])
+
+
 def test_another_ignored_label():
     hidden, weight, labels = data()
     assert torch.equal(linear_cross_entropy(hidden, weight, labels.masked_fill(labels == -100, 3), ignore_index=3).detach(),

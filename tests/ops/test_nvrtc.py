@@ -30,6 +30,8 @@ USUAL = {
     "REVERSE": 0,
     "TAPS": 4,
     "CHANNELS": 4,
+    "CHUNK_STEPS": 64,
+    "AHEAD": 4,
     "SILU": 1,
 }
 SMALL = "scan_join.cu"

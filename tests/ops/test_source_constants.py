@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mamba_pretrain import ops
-from mamba_pretrain.ops import c_conv, c_norm, c_scan, c_ssd, cc, cuda_conv, cuda_scan_kernels
+from mamba_pretrain.ops import c_conv, c_norm, c_scan, c_ssd, cc, cuda_conv_kernels, cuda_scan_kernels
 
 FOLDER = Path(ops.__file__).parent
 
@@ -37,7 +37,7 @@ def constants(*files: str) -> dict[str, int]:
         (("c_src/causal_conv1d.c",), "MAX_TAPS", c_conv.MAX_TAPS),
         (("c_src/rms_norm.c",), "ROWS", c_norm.TASK_ROWS),
         (("cuda_src/scan.cuh",), "TILE", cuda_scan_kernels.TILE),
-        (("cuda_src/conv.cuh",), "STRIP", cuda_conv.STRIP),
+        (("cuda_src/conv_reduce.cu",), "WARPS_A_BLOCK", cuda_conv_kernels.REDUCE_BLOCK // 32),
     ],
 )
 def test_python_and_the_source_agree(files, name, python):

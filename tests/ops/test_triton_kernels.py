@@ -1,7 +1,8 @@
-"""The Triton kernels (norms, cross-entropy) against the reference: under Triton's interpreter on a CPU, and compiled on a GPU."""
+"""The Triton kernels (norms, cross-entropy, generation) against the reference: under Triton's interpreter on a CPU, and compiled on a GPU."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -11,9 +12,13 @@ import sys
 import pytest
 import torch
 
-from mamba_pretrain.ops import cross_entropy, registry
+from mamba_pretrain.ops import cross_entropy, registry, triton_norm
+from mamba_pretrain.ops.conv_step import conv_step
 from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
+from mamba_pretrain.ops.selective_step import selective_step
+from mamba_pretrain.ops.ssd_step import ssd_step
+from mamba_pretrain.ops.triton_launch import launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -31,7 +36,9 @@ def outputs_and_gradients(op: str, name: str, call, inputs: list[torch.Tensor]) 
 
 
 def check(op: str, call, inputs: list[torch.Tensor]) -> None:
-    found, expected = (outputs_and_gradients(op, name, call, inputs) for name in ("triton", "reference"))
+    # Twice: a kernel's second launch takes another way than its first.
+    found, again, expected = (outputs_and_gradients(op, name, call, inputs) for name in ("triton", "triton", "reference"))
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         tolerance = 1e-5 if a.dtype == torch.float32 and inputs[0].dtype == torch.float32 else 1.6e-2
@@ -71,12 +78,57 @@ def check_cross_entropy(device: str, sizes: tuple[int, ...]) -> None:
         torch.testing.assert_close(*losses)
 
 
+def check_step(op: str, call, inputs: dict[str, torch.Tensor], state: torch.Tensor) -> None:
+    """Two tokens: the second result shows what the first left in the state."""
+    found = []
+    for name in ("triton", "reference"):
+        left = state.clone()
+        with torch.no_grad(), registry.using(**{op: name}):
+            results = [call(**inputs, state=left) for _ in range(2)]
+        found.append([*results, left])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        exact = {t.dtype for t in (a, state, next(iter(inputs.values())))} == {torch.float32}
+        tolerance = 1e-5 if exact else 1.6e-2
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
+def check_steps(device: str, batches: tuple[int, ...]) -> None:
+    """Odd widths, inputs that are slices of wider ones, low-precision states, tiny and large step sizes."""
+    for dtype, recurrent in itertools.product(DTYPES, DTYPES):
+        torch.manual_seed(0)
+
+        def draw(*shape, dtype=torch.float32):
+            return torch.randn(shape).to(device, dtype)
+
+        for b in batches:  # the kernel walks over rows, as many as their number suggests
+            d, n, r = 50, 12, 7
+            u, z = draw(b, 2 * d, dtype=dtype).chunk(2, dim=1)
+            dt, B, C = draw(b, r + 2 * n, dtype=dtype).split([r, n, n], dim=1)
+            inputs = {"u": u, "dt": dt, "dt_weight": draw(d, r, dtype=dtype), "B": B, "C": C, "z": z, "A_log": draw(d, n), "D": draw(d)}
+            inputs |= {"dt_bias": torch.linspace(-12, 25, d).to(device)}
+            check_step("selective_step", selective_step, inputs, draw(b, d, n, dtype=recurrent))
+        for groups, limit in ((1, (0.0, float("inf"))), (3, (0.05, 0.5))):
+            h, p, n = 6, 20, 12
+            x, B, C = draw(2, h * p + 2 * groups * n, dtype=dtype).split([h * p, groups * n, groups * n], dim=1)
+            inputs = {"x": x.unflatten(1, (h, p)), "dt": draw(2, 2 * h, dtype=dtype)[:, h:]}
+            inputs |= {"B": B.unflatten(1, (groups, n)), "C": C.unflatten(1, (groups, n)), "A_log": draw(h), "D": draw(h)}
+            inputs |= {"dt_bias": torch.linspace(-12, 25, h).to(device)}
+            check_step("ssd_step", functools.partial(ssd_step, dt_limit=limit), inputs, draw(2, h, p, n, dtype=recurrent))
+        for taps, bias in ((2, True), (3, False), (4, True)) if recurrent == dtype else ():
+            inputs = {"x": draw(2, 300, dtype=dtype)[:, 3:203], "weight": draw(200, taps, dtype=dtype)}
+            check_step("conv_step", conv_step, inputs | {"bias": draw(200) if bias else None}, draw(2, taps - 1, 200, dtype=dtype))
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the subprocess that test_interpreted_on_cpu starts, with TRITON_INTERPRET=1")
 def test_in_the_interpreter(monkeypatch):
     monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(cross_entropy, "MIN_ROWS", 4)
     check_all("cpu", (24, 100))
+    monkeypatch.setattr(triton_norm, "TUNING", triton_norm.Tuning(rows=4, stages=2, resident=32))
+    check_all("cpu", (24,))
     check_cross_entropy("cpu", (3, 40, 5000))
+    check_steps("cpu", (1, 32))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="already in the subprocess")
@@ -90,10 +142,54 @@ def test_interpreted_on_cpu():
     assert "1 passed" in result.stdout
 
 
+class Kernel:
+    """Stands for a Triton kernel and for what is compiled of it; keeps the arguments of its launches."""
+
+    def __init__(self):
+        self.launched = []
+        self.compiled = 0
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.launched.append((grid, arguments, options))
+            self.compiled += bool(options)
+            return self
+
+        return run
+
+
+def test_the_second_launch_of_a_kind_goes_past_triton():
+    kernel, x = Kernel(), torch.zeros(4, 16)
+    for _ in range(2):
+        launch(kernel, (4, 1, 1), x, None, 16, 1e-5, True, num_warps=4)
+    assert kernel.compiled == 1
+    assert kernel.launched[0] == ((4, 1, 1), (x, None, 16, 1e-5, True), {"num_warps": 4})
+    assert kernel.launched[1] == ((4, 1, 1), (x.data_ptr(), None, 16, 1e-5, True), {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warps"),
+    [
+        ((torch.zeros(4, 16).bfloat16(), None, 16), 4),
+        ((torch.zeros(4, 16).flatten()[1:], None, 16), 4),
+        ((torch.zeros(4, 16), torch.zeros(4), 16), 4),
+        ((torch.zeros(4, 16), None, 17), 4),
+        ((torch.zeros(4, 16), None, 16), 8),
+    ],
+    ids=["dtype", "alignment", "presence", "number", "warps"],
+)
+def test_another_kind_is_compiled_anew(arguments, warps):
+    kernel = Kernel()
+    launch(kernel, (4, 1, 1), torch.zeros(4, 16), None, 16, num_warps=4)
+    launch(kernel, (4, 1, 1), *arguments, num_warps=warps)
+    assert kernel.compiled == 2
+
+
 @pytest.mark.gpu
 def test_on_gpu():
     check_all("cuda", (1, 24, 100, 2048, 2560))
     check_cross_entropy("cuda", (3, 40, 5000, 50280))
+    check_steps("cuda", (1, 9, 34, 64))
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import pytest
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 MODELS = ("mamba1", "mamba2", "hybrid")
+SCALINGS = ("tensorwise", "rowwise", "blockwise")  # of FP8
 SHARD_SIZE = {2: 2, 3: 3, 4: 2}  # hsdp's, by number of processes
 
 
@@ -49,6 +50,7 @@ def single(worker, job, runs):
     saving = {"save": str(runs / "single-1"), "save_at": 3}
     jobs = [job(model, "single", model=model, steps=8, **(saving if model == "hybrid" else {})) for model in MODELS]
     jobs += [job(f"{model}-bf16", "single", model=model, steps=2, compute="bf16") for model in MODELS]
+    jobs += [job(f"fp8-{fp8}", "single", model="aligned", steps=2, compute="bf16", fp8=fp8) for fp8 in ("off", *SCALINGS)]
     jobs += [job(f"accumulated-{n}", "single", model="hybrid", steps=4, micro=12 // n) for n in (1, 12)]
     jobs += [job("skip", "single", model="hybrid", steps=4, skip=[0, 2])]
     jobs += [job("muon", "single", model="hybrid", steps=6, optim={"name": "muon"}, save=str(runs / "muon-1"), save_at=3)]
@@ -61,8 +63,9 @@ def two(worker, job, runs, single):
     jobs = [job(f"{e}-{m}", e, 2, model=m, steps=8) for e in ENGINES for m in ("mamba1", "mamba2")]
     jobs += [job(f"{e}-hybrid", e, 2, model="hybrid", steps=8, save=str(runs / f"{e}-2"), save_at=3) for e in ENGINES]
     jobs += [job(f"{e}-{m}-bf16", e, 2, model=m, steps=2, compute="bf16") for e in ENGINES for m in MODELS]
+    jobs += [job(f"{e}-{fp8}", e, 2, model="aligned", steps=2, compute="bf16", fp8=fp8) for e in ENGINES for fp8 in SCALINGS]
     jobs += [job(f"{e}-skip", e, 2, model="hybrid", steps=4, skip=[0, 2]) for e in ENGINES]
-    for mode in ("block", "selective"):
+    for mode in ("block", "selective", "projections"):
         parallel = {"activation_checkpointing": mode}
         jobs += [job(f"{e}-{mode}", e, 2, model="hybrid", steps=2, parallel=parallel) for e in ("ddp", "fsdp2", "zero2", "zero3")]
     jobs += [job(f"{e}-offload", e, 2, model="hybrid", steps=3, parallel={"cpu_offload": True}) for e in ("fsdp2", "zero2", "zero3")]

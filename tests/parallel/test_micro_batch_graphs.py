@@ -7,6 +7,7 @@ where the recording put it), so the bookkeeping around graphs is tested on any m
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -117,15 +118,15 @@ def test_five_steps_with_accumulation_a_skip_and_an_evaluation(make, worker, mod
                 engine.seen.append(float(sum(engine.evaluate(batch) for batch in worker.my_batches(99, ALONE, 6))))
     assert graphed.seen == launched.seen
     assert_equal(weights_of(graphed), weights_of(launched))
-    # Two recordings (the first micro-batch overwrites, the others add), two passes each; the first step was launched.
-    assert (graphed.recorder.recorded, graphed.recorder.replays) == (4, 4 * 2 * 2)
+    # Two recordings: the first micro-batch overwrites, the others add; the first step was launched.
+    assert (graphed.recorder.recorded, graphed.recorder.replays) == (2, 4 * 2)
 
 
 @pytest.mark.parametrize("mode", ["block", "selective"])
 def test_activation_checkpointing(make, worker, mode):
     graphed, launched = (make("hybrid", graphs, {"activation_checkpointing": mode}) for graphs in (True, False))
     assert [train(graphed, worker, step) for step in range(3)] == [train(launched, worker, step) for step in range(3)]
-    assert graphed.recorder.replays == 2 * 2 * 2
+    assert graphed.recorder.replays == 2 * 2
 
 
 def test_accumulation_may_change_from_step_to_step(make, worker):
@@ -135,7 +136,7 @@ def test_accumulation_may_change_from_step_to_step(make, worker):
     for step, micro in enumerate(micros):
         assert train(graphed, worker, step, micro) == train(launched, worker, step, micro)
     assert_equal(weights_of(graphed), weights_of(launched))
-    assert graphed.recorder.replays == 2 * (1 + 2 + 3 + 1 + 2)
+    assert graphed.recorder.replays == 1 + 2 + 3 + 1 + 2
 
 
 def test_shapes_that_mix_within_a_step(make, worker):
@@ -146,7 +147,7 @@ def test_shapes_that_mix_within_a_step(make, worker):
             batches = worker.my_batches(step, ALONE, 5)
             train_step(engine, batches if step % 2 == 0 else batches[::-1], 1e-2, 0.5)
     assert_equal(weights_of(graphed), weights_of(launched))
-    assert graphed.recorder.replays == 2 * 3 * 3
+    assert graphed.recorder.replays == 3 * 3
 
 
 def test_a_step_that_begins_launched_is_launched_to_its_end(make, worker):
@@ -157,7 +158,7 @@ def test_a_step_that_begins_launched_is_launched_to_its_end(make, worker):
         train_step(engine, worker.my_batches(1, ALONE, 12) + worker.my_batches(2, ALONE, 6), 1e-2, 0.5)
         train(engine, worker, 3)
     assert_equal(weights_of(graphed), weights_of(launched))
-    assert graphed.recorder.replays == 2 * 2
+    assert graphed.recorder.replays == 2
 
 
 def test_too_many_shapes_end_the_use_of_graphs(make, worker, caplog):
@@ -169,9 +170,9 @@ def test_too_many_shapes_end_the_use_of_graphs(make, worker, caplog):
     assert_equal(weights_of(graphed), weights_of(launched))
 
 
-@pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
+@pytest.mark.parametrize("fail_at", [1, 2])
 def test_a_recording_that_fails_leaves_no_trace(make, worker, caplog, fail_at):
-    # 1, 2: forward and backward pass of a step's first micro-batch; 3, 4: of its second, whose first was replayed.
+    # 1: of a step's first micro-batch; 2: of its second, whose first was replayed.
     graphed, launched = make(fail_at=fail_at), make(graphs=False)
     for step in range(4):
         assert train(graphed, worker, step) == train(launched, worker, step)
@@ -209,9 +210,9 @@ def test_a_step_that_is_watched_is_launched(make, worker, room):
             assert len(seen) == 2
             assert graphed.recorder.replays == before
             graphed.watchers.clear()
-    assert graphed.recorder.replays == 3 * 2 * 2
+    assert graphed.recorder.replays == 3 * 2
     # Without room for both, recordings make way for the step, and are made again.
-    assert (graphed.recorder.forgotten, graphed.recorder.recorded) == ((0, 4) if room else (1, 8))
+    assert (graphed.recorder.forgotten, graphed.recorder.recorded) == ((0, 2) if room else (1, 4))
 
 
 def test_a_loss_is_the_callers_own(make, worker):
@@ -220,8 +221,10 @@ def test_a_loss_is_the_callers_own(make, worker):
     first, second = worker.my_batches(1, ALONE, 6)
     one = torch.ones(())
     kept = engine.loss(first, last=False)
-    value = float(kept)
+    assert math.isnan(float(kept)), "a recorded loss is not known before its backward pass has run"
     engine.backward(kept, one)
+    value = float(kept)
+    assert math.isfinite(value)
     engine.backward(engine.loss(second, last=True), one)
     assert float(kept) == value
 
@@ -239,9 +242,7 @@ def test_passes_out_of_order_are_refused(make, worker):
 @pytest.mark.parametrize(
     ("strategy", "device", "words"),
     [
-        ("ddp", "cuda", "not ddp"),
-        ("fsdp2", "cuda", "not fsdp2"),
-        ("hsdp", "cuda", "not hsdp"),
+        ("zero3", "cuda", "not zero3"),
         ("zero1", "cuda", "not zero1"),
         ("single", "cpu", "not cpu"),
     ],
@@ -251,6 +252,22 @@ def test_where_graphs_are_refused(strategy, device, words):
     with pytest.raises(UserError, match=f"parallel.cuda_graphs=on needs .*{words}"):
         check_cuda_graphs(ParallelConfig(cuda_graphs="on"), strategy, topology)
     check_cuda_graphs(ParallelConfig(), strategy, topology)
+
+
+def test_offloaded_gradients_are_refused():
+    topology = Topology(0, 0, 2, 2, 0, "torchrun", torch.device("cuda"))
+    with pytest.raises(UserError, match="needs gradients that stay on the GPU"):
+        check_cuda_graphs(ParallelConfig(cuda_graphs="on", cpu_offload=True), "fsdp2", topology)
+    check_cuda_graphs(ParallelConfig(cuda_graphs="on"), "fsdp2", topology)
+    check_cuda_graphs(ParallelConfig(cuda_graphs="on"), "hsdp", topology)
+
+
+def test_a_recording_that_fails_beside_other_processes_ends_the_run(make, worker):
+    engine = make(fail_at=1)
+    engine._graphs._alone = False
+    train(engine, worker, 0)
+    with pytest.raises(UserError, match=r"parallel\.cuda_graphs=off"):
+        train(engine, worker, 1)
 
 
 def test_an_engine_that_cannot_refuses_before_anything_is_built(worker):
@@ -314,6 +331,7 @@ def test_documents_of_the_moment_count_on_a_gpu(worker):
     for name, given in (("cut", batch), ("joined", joined), ("cut again", batch)):
         loss = engine.loss(given, last=True)
         assert not loss.requires_grad, "this was launched, not replayed"
+        engine.backward(loss, torch.ones(()))
         losses[name], kept[name] = float(loss), loss
         assert losses[name] == pytest.approx(float(engine.evaluate(given)), rel=1e-5)
     assert losses["cut"] == losses["cut again"] != losses["joined"]
@@ -323,8 +341,11 @@ def test_documents_of_the_moment_count_on_a_gpu(worker):
 @pytest.mark.gpu
 def test_a_recording_that_fails_leaves_no_trace_on_a_gpu(worker, caplog):
     engines = [worker.build(worker.Job("x", "single", "mamba1", parallel={"cuda_graphs": graphs}), HERE)[0] for graphs in ("on", "off")]
-    # Reading a value waits for the device, which no recording may do.
-    engines[0].model.layers[1].register_forward_hook(lambda module, inputs, output: float(output[0].sum()))
+
+    def read(module, inputs, output):
+        output[0].sum().item()  # waits for the device, which no recording may do
+
+    engines[0].model.layers[1].register_forward_hook(read)
     for step in range(3):
         found = [float(train_step(engine, worker.my_batches(step, ALONE, 6), 1e-3, 0.5).loss) for engine in engines]
         assert found[0] == pytest.approx(found[1], rel=1e-6)

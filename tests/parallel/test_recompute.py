@@ -12,6 +12,7 @@ from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.ops import registry
+from mamba_pretrain.parallel import recompute as recompute_module
 from mamba_pretrain.parallel.recompute import recompute
 
 LAYERS = 2
@@ -50,15 +51,18 @@ OPERATORS = [
 
 
 @pytest.mark.parametrize(("mixer", "implementation", "scan", "conv"), OPERATORS)
-def test_scans_are_kept_and_cheap_operators_repeated(mixer, implementation, scan, conv):
+def test_scans_are_kept_and_cheap_operators_repeated(mixer, implementation, scan, conv, monkeypatch):
+    monkeypatch.setattr(recompute_module, "SHORTEST_INNER", 10)  # between the rank of dt_proj, 1, and d_model, 16
     seen, gradients = {}, {}
-    for mode in ("none", "block", "selective"):
+    for mode in ("none", "block", "projections", "selective"):
         with registry.using(**dict.fromkeys(("selective_scan", "ssd_scan", "causal_conv1d"), implementation)):
             seen[mode], gradients[mode] = backward_of(mode, mixer=mixer)
-    assert [seen[mode][f"mamba_pretrain::{scan}"] for mode in seen] == [0, LAYERS, 0]
-    assert [seen[mode][f"mamba_pretrain::{conv}"] for mode in seen] == [0, LAYERS, LAYERS]
-    assert seen["selective"]["aten::mm"] == seen["none"]["aten::mm"] < seen["block"]["aten::mm"]
-    for mode in ("block", "selective"):
+    assert [seen[mode][f"mamba_pretrain::{scan}"] for mode in seen] == [0, LAYERS, LAYERS, 0]
+    assert [seen[mode][f"mamba_pretrain::{conv}"] for mode in seen] == [0, LAYERS, LAYERS, LAYERS]
+    thin = LAYERS if mixer == "mamba1" else 0  # its dt_proj
+    for mode in ("projections", "selective"):
+        assert seen[mode]["aten::mm"] - thin == seen["none"]["aten::mm"] < seen["block"]["aten::mm"] - thin
+    for mode in ("block", "projections", "selective"):
         assert all(torch.equal(gradients[mode][name], gradient) for name, gradient in gradients["none"].items())
 
 

@@ -79,6 +79,29 @@ def _gated(g: torch.Generator) -> dict[str, Any]:
     return {"x": x, "z": z, "weight": torch.rand(192, generator=g) + 0.5, "eps": 1e-5, "group_size": 96}
 
 
+def _conv_step(g: torch.Generator) -> dict[str, Any]:
+    x, weight, bias = torch.randn(BATCH, 192, generator=g), torch.randn(192, 4, generator=g), torch.randn(192, generator=g)
+    return {"x": x, "weight": weight, "bias": bias, "state": torch.randn(BATCH, 3, 192, generator=g)}
+
+
+def _selective_step(g: torch.Generator) -> dict[str, Any]:
+    d, n, r = 192, 16, 12
+    u, z, dt = (torch.randn(BATCH, width, generator=g) for width in (d, d, r))
+    B, C = (torch.randn(BATCH, n, generator=g) for _ in range(2))
+    named = {"u": u, "dt": dt, "dt_weight": torch.randn(d, r, generator=g), "A_log": torch.rand(d, n, generator=g), "B": B, "C": C}
+    named |= {"D": torch.randn(d, generator=g), "z": z, "dt_bias": torch.randn(d, generator=g) - 3}
+    return named | {"state": torch.randn(BATCH, d, n, generator=g)}
+
+
+def _ssd_step(g: torch.Generator) -> dict[str, Any]:
+    h, p, n = 8, 64, 64
+    x, dt = torch.randn(BATCH, h, p, generator=g), torch.randn(BATCH, h, generator=g)
+    B, C = (torch.randn(BATCH, 1, n, generator=g) for _ in range(2))
+    named = {"x": x, "dt": dt, "A_log": torch.rand(h, generator=g), "B": B, "C": C, "D": torch.randn(h, generator=g)}
+    named |= {"dt_bias": torch.randn(h, generator=g) - 3, "state": torch.randn(BATCH, h, p, n, generator=g)}
+    return {**named, "dt_limit": (0.0, float("inf"))}
+
+
 def _loss(g: torch.Generator) -> dict[str, Any]:
     hidden, weight = torch.randn(BATCH, LENGTH, 64, generator=g), torch.randn(520, 64, generator=g) * 0.1
     labels = torch.randint(0, 500, (BATCH, LENGTH), generator=g)
@@ -93,7 +116,12 @@ CASES: dict[str, Make] = {
     "rms_norm": _norm,
     "gated_rms_norm": _gated,
     "linear_cross_entropy": _loss,
+    "conv_step": _conv_step,
+    "selective_step": _selective_step,
+    "ssd_step": _ssd_step,
 }
+# Generation's, without gradients; they change their argument `state`.
+STEPS = ("conv_step", "selective_step", "ssd_step")
 # Arguments that stay fp32 whatever the compute dtype.
 FP32: dict[str, tuple[str, ...]] = {
     "selective_scan": ("A", "D", "delta_bias"),
@@ -102,4 +130,7 @@ FP32: dict[str, tuple[str, ...]] = {
     "rms_norm": ("weight", "residual"),
     "gated_rms_norm": ("weight",),
     "linear_cross_entropy": (),
+    "conv_step": (),
+    "selective_step": ("A_log", "D", "dt_bias", "state"),
+    "ssd_step": ("A_log", "D", "dt_bias", "state"),
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_tools.errors import UserError
 from mamba_pretrain.monitor.doctor.check import Begun, Check, from_error, green, grey, red, yellow
-from mamba_pretrain.monitor.doctor.op_cases import CASES, arguments
+from mamba_pretrain.monitor.doctor.op_cases import CASES, STEPS, arguments
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.config import OpsConfig
 
@@ -68,6 +68,8 @@ def _compare(implementation: registry.Implementation, device: torch.device, dtyp
         return red(name, f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}", MEND)
     if not worst <= TOLERANCE[dtype]:
         return red(name, f"its result differs from the reference by {worst:.1e} of the largest value", MEND)
+    if not errors:
+        return green(name, f"{worst:.0e} of the largest value ({str(dtype).removeprefix('torch.')})")
     key = max(errors, key=lambda k: errors[k] if errors[k] == errors[k] else float("inf"))
     if not errors[key] <= TOLERANCE[dtype]:
         return red(name, f"its gradient of {key} differs from the reference by {errors[key]:.1e} of the largest value", MEND)
@@ -82,6 +84,10 @@ def _reference(op: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
 
 def _run(op: str, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     named = arguments(op, device, dtype)
+    if op in STEPS:
+        with torch.no_grad(), registry.using(**{op: name}):
+            registry.call(op, **named)
+            return registry.call(op, **named), {}  # the second token's result shows what the first left in the state
     inputs = {key: value.requires_grad_() for key, value in named.items() if isinstance(value, Tensor) and value.is_floating_point()}
     with registry.using(**{op: name}):
         result = registry.call(op, **named)

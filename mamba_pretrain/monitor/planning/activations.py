@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from mamba_pretrain.models.block import Block
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
+from mamba_pretrain.models.fp8 import use_fp8
 from mamba_pretrain.monitor.planning import kernels
-from mamba_pretrain.parallel.recompute import _policy as recompute_policy
+from mamba_pretrain.parallel.recompute import checkpoint_options, policy_of
 
 
 class LiveBytes(TorchDispatchMode):
@@ -90,14 +91,16 @@ def block_cost(config: ModelConfig, mixer: str, batch: int, length: int, options
 class Options:
     """How blocks are run.
 
-    ``compute``: autocast dtype, None for plain fp32. ``recompute``: none, block or selective, as parallel.activation_checkpointing.
+    ``compute``: autocast dtype, None for plain fp32. ``recompute``: none, selective, projections or block, as parallel.activation_checkpointing.
     ``fused``: GPU kernels (their stand-ins), not this machine's reference implementations. ``packed``: document boundaries are given.
+    ``fp8``: as precision.fp8.
     """
 
     compute: torch.dtype | None = torch.bfloat16
     recompute: str = "none"
     fused: bool = True
     packed: bool = True
+    fp8: str = "off"
 
 
 @functools.lru_cache(maxsize=512)
@@ -105,6 +108,8 @@ def _measure(config_json: str, mixer: str, batch: int, length: int, options: Opt
     config = ModelConfig.model_validate_json(config_json)
     with _quiet(), FakeTensorMode(), kernels.stand_ins() if options.fused else contextlib.nullcontext():
         block = Block(config, mixer)
+        if options.fp8 != "off":
+            use_fp8(block, options.fp8)
         return measure_block(block, config.d_model, batch, length, options)
 
 
@@ -134,17 +139,18 @@ def measure_block(block: nn.Module, d_model: int, batch: int, length: int, optio
 def _run(block: nn.Module, arguments: tuple[Any, ...], recompute: str) -> Tensor:
     if recompute == "none":
         return _End.apply(*block(*arguments))
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if recompute == "selective":
-        options["context_fn"] = lambda: create_selective_checkpoint_contexts(_policy)
-    return _End.apply(*checkpoint(block, *arguments, **options))
+    return _End.apply(*checkpoint(block, *arguments, **checkpoint_options(recompute, _policy(recompute))))
 
 
-def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    """As parallel/recompute.py; what the stand-ins of kernels allocate as results is what a kernel's op returns."""
-    if kernels.is_result(operation):
-        return CheckpointPolicy.MUST_SAVE
-    return recompute_policy(context, operation, *arguments, **named)
+def _policy(mode: str) -> Callable[..., CheckpointPolicy]:
+    """As parallel/recompute.py; what the stand-in of a scan allocates as its result is what the scan's operator returns."""
+
+    def policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+        if mode == "selective" and kernels.is_scan_result(operation):
+            return CheckpointPolicy.MUST_SAVE
+        return policy_of(mode)(context, operation, *arguments, **named)
+
+    return policy
 
 
 class _End(torch.autograd.Function):

@@ -7,7 +7,9 @@ Under fake tensors they let the real model code run at its real size on any mach
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,14 +30,19 @@ def _fp32(t: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=t.device)
 
 
+def _cheap(t: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory of a kernel that is no scan: allocated by another op than scans' results are, which recomputation tells apart."""
+    strides = [*itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1)][::-1]
+    return torch.empty_strided(shape, strides, dtype=dtype, device=t.device)
+
+
 def _workspace(t: Tensor, *shape: int) -> Tensor:
-    """Freed when the kernel ends; allocated by another op than results are, which selective recomputation tells apart (``is_result``)."""
-    strides = torch.empty(shape, device="meta").stride()
-    return torch.empty_strided(shape, strides, dtype=torch.float32, device=t.device)
+    """Freed when the kernel ends."""
+    return _cheap(t, shape)
 
 
-def is_result(operation: Any) -> bool:
-    """Whether an op allocates a result of a stand-in."""
+def is_scan_result(operation: Any) -> bool:
+    """Whether an op allocates a result of a scan's stand-in."""
     return operation is torch.ops.aten.empty.memory_format
 
 
@@ -92,7 +99,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, bias, seq_idx)
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return _cheap(x, x.shape, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,10 +110,10 @@ class _Conv(torch.autograd.Function):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        total = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        ctx.save_for_backward(total, weight, _fp32(x, *x.shape[:-1]))
+        total = _cheap(x, x.shape)
+        ctx.save_for_backward(total, weight, _cheap(x, x.shape[:-1]))
         ctx.x_dtype, ctx.has_residual = x.dtype, residual is not None
-        return torch.empty(x.shape, dtype=dtype, device=x.device), total
+        return _cheap(x, x.shape, dtype), total
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
@@ -117,8 +124,8 @@ class _RMSNorm(torch.autograd.Function):
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, z, weight, _fp32(x, *x.shape[:-1]))
-        return torch.empty(x.shape, dtype=dtype, device=x.device)
+        ctx.save_for_backward(x, z, weight, _cheap(x, x.shape[:-1]))
+        return _cheap(x, x.shape, dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.monitor.planning.activations import BlockCost, Options, block_cost
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
-FP32, BF16 = 4, 2
+FP32, BF16, FP8 = 4, 2, 1
 ADAM_MOMENTS = 2 * FP32
 # Elements of a chunk of logits in ops/cross_entropy.py on CUDA. The Triton loss turns them into their gradient in place; the reference
 # holds log-probabilities (fp32) and gradients beside them.
@@ -107,11 +107,12 @@ def estimate(
     """The worst moment of a training step.
 
     ``accumulation``: micro-batches per step; with more than one, gradients already exist during the forward pass. ``moments_bytes``:
-    optimizer state per parameter (AdamW 8, 8-bit AdamW about 2). ``kept_gradients``: CUDA graphs keep their gradients' memory between steps.
+    optimizer state per parameter (AdamW 8, 8-bit AdamW about 2). ``kept_gradients``: CUDA graphs keep their gradients' memory between steps,
+    and sum them over processes with every micro-batch.
     """
     options = options or Options()
     costs: dict[str, BlockCost] = {mixer: block_cost(config, mixer, micro_batch, length, options) for mixer in set(config.layer_mixers)}
-    timeline = _Timeline(config, shape, split, costs, micro_batch, length, accumulation > 1 or kept_gradients, options, moments_bytes)
+    timeline = _Timeline(config, shape, split, costs, micro_batch, length, accumulation > 1, kept_gradients, options, moments_bytes)
     worst = max(timeline.moments(), key=lambda moment: moment.peak)
     by_mixer: dict[str, float] = {}
     for mixer, cost in zip(config.layer_mixers, timeline.costs, strict=True):
@@ -131,6 +132,7 @@ class _Timeline:
         micro_batch: int,
         length: int,
         accumulating: bool,
+        kept_gradients: bool,
         options: Options,
         moments_bytes: float,
     ) -> None:
@@ -140,9 +142,10 @@ class _Timeline:
         self.costs = [costs[mixer] for mixer in config.layer_mixers]
         self.gathers = split.strategy in ("fsdp2", "hsdp") and split.world > 1
         if mixed and self.gathers:
-            # Autograd keeps autocast's bf16 copies of the weights; FSDP2 frees its gathered ones after the block's forward pass.
-            self.costs = [replace(c, saved=max(0.0, c.saved - BF16 * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
-        self.accumulating = accumulating
+            # Autograd keeps autocast's bf16 copies of the weights, or FP8 ones; FSDP2 frees its gathered ones after the block's forward pass.
+            copied = BF16 if options.fp8 == "off" else FP8
+            self.costs = [replace(c, saved=max(0.0, c.saved - copied * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
+        self.accumulating, self.kept_gradients = accumulating, kept_gradients
         # Autocast caches its bf16 copies of the weights until the forward pass ends, also where recomputation keeps nothing else.
         self.casts = float(BF16 * sum(shape.blocks)) if mixed and options.recompute != "none" and not self.gathers else 0.0
         self.base = {
@@ -161,7 +164,7 @@ class _Timeline:
         """Buffers: gathered weights of the blocks in flight, gradients on their way, DeepSpeed's buckets."""
         strategy = self.split.strategy
         if self.split.world == 1 or strategy in ("single", "ddp"):
-            return 0.0  # DDP's buckets are the gradients themselves (gradient_as_bucket_view)
+            return 0.0  # gradients are summed where they lie
         largest = max(self.shape.blocks, default=0)
         if strategy in ("fsdp2", "hsdp"):
             # Two blocks gathered, one block's gradients in fp32; the root group (embedding) stays gathered, with its gradient.
@@ -207,7 +210,9 @@ class _Timeline:
     def _moment(
         self, name: str, saved: float, gradients: float = 0.0, working: float = 0.0, extra: dict[str, float] | None = None
     ) -> Memory:
-        if self.accumulating:
+        if self.kept_gradients:
+            gradients = self._gradients(self.shape.total)
+        elif self.accumulating:
             # FSDP reduces with the last micro-batch only: until then a rank keeps whole gradients.
             gradients = float(FP32 * self.shape.total) if self.gathers else self._gradients(self.shape.total)
         parts = {**self.base, "gradients": gradients, "activations": saved, "working": working, **(extra or {})}

@@ -17,6 +17,7 @@ from mamba_pretrain.monitor import run_folder
 from mamba_pretrain.monitor.planning import advice, communication, memory, speed
 from mamba_pretrain.monitor.planning.activations import Options
 from mamba_pretrain.monitor.throughput import DEVICES, device_entry
+from mamba_pretrain.parallel.config import graphs_unsupported
 
 if TYPE_CHECKING:
     from mamba_pretrain.config import RunConfig
@@ -111,9 +112,10 @@ class Planner:
     def memory_of(self, strategy: str, micro_batch: int, recompute: str) -> memory.Memory:
         """Memory of one GPU."""
         split = self.split(strategy)
-        options = Options(self.compute, recompute, fused=self.machine.device != "cpu")
+        options = Options(self.compute, recompute, fused=self.machine.device != "cpu", fp8=self.config.precision.fp8)
         moments = 2.0 if self.config.optim.name == "adamw8bit" else memory.ADAM_MOMENTS
-        graphs = strategy == "single" and options.fused and self.config.parallel.cuda_graphs != "off"
+        parallel = self.config.parallel
+        graphs = parallel.cuda_graphs != "off" and graphs_unsupported(parallel, strategy, "cuda" if options.fused else "cpu") is None
         return memory.estimate(
             self.config.model, self.shape, split, micro_batch, self.length, self.accumulation(micro_batch), options, moments, graphs
         )

@@ -44,6 +44,7 @@ PEER_TABLE = tuple(
 )
 SIZES = {"130m": (24, 768), "370m": (48, 1024), "790m": (48, 1536), "780m": (48, 1536), "1.4b": (48, 2048), "1.3b": (48, 2048)}
 SIZES |= {"2.8b": (64, 2560), "2.7b": (64, 2560)}
+LENGTH = 2048  # of the sequences that the figures are of
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def own_records(folder: Path = RESULTS) -> list[Measured]:
         for row in record.get("comparisons", []):
             rate = row.get("ours", {}).get("tokens_per_second")
             mixer, _, size = row["model"].partition("-")
-            if rate and size in SIZES:
+            if rate and size in SIZES and row.get("length", LENGTH) == LENGTH:
                 source = f"this project on {record['device']}, {record['date'][:10]}"
                 found[record["device"], row["model"]] = Measured(mixer, *SIZES[size], rate, record["device"], source)
     return list(found.values())

@@ -26,7 +26,7 @@ from mamba_pretrain.models.config import MIXERS
 from mamba_pretrain.monitor.doctor import hardware, inputs, parity_process, software
 from mamba_pretrain.monitor.doctor.check import Begun, Check, green, guarded
 from mamba_pretrain.monitor.doctor.examine import COMMON_OPS, MIXER_OPS
-from mamba_pretrain.monitor.doctor.op_cases import CASES
+from mamba_pretrain.monitor.doctor.op_cases import CASES, STEPS
 from mamba_pretrain.monitor.doctor.parity import parity, serving
 from mamba_pretrain.ops import cc, registry
 from mamba_pretrain.ops.config import OpsConfig
@@ -161,6 +161,18 @@ def test_fault_wrong_gradient(broken_op: Any) -> None:
     found = planted(parity(CPU))
     assert found.status == "red"
     assert "gradient of B" in found.detail
+
+
+@pytest.mark.parametrize("op", STEPS)
+def test_fault_a_step_that_leaves_its_state_as_it_was(op: str) -> None:
+    reference = next(i for i in registry.implementations(op) if i.name == "reference").function
+    registry.register(op, "planted", priority=-5)(lambda state, **named: reference(state=state.clone(), **named))
+    try:
+        assert "result differs" in planted(parity(CPU)).detail
+        registry.register(op, "planted", priority=-5)(reference)
+        assert planted(parity(CPU)).status == "green"
+    finally:
+        registry._implementations[op].pop("planted")
 
 
 def test_fault_nan(broken_op: Any) -> None:
@@ -383,7 +395,7 @@ def test_a_check_that_hangs_is_a_finding() -> None:
 
 def test_every_op_has_a_case() -> None:
     assert {i.op for i in registry.implementations()} == set(CASES)
-    assert {*COMMON_OPS, *(op for ops in MIXER_OPS.values() for op in ops)} == set(CASES)
+    assert {*COMMON_OPS, *STEPS, *(op for ops in MIXER_OPS.values() for op in ops)} == set(CASES)
     assert set(MIXER_OPS) == set(MIXERS)
 
 

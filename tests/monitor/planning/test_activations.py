@@ -10,6 +10,7 @@ from mamba_pretrain.models import init
 from mamba_pretrain.models.block import Block
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
+from mamba_pretrain.models.fp8 import use_fp8
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.monitor.planning.activations import Options, _measure, block_cost, measure_block
 from mamba_pretrain.ops import registry
@@ -35,10 +36,15 @@ def real_block(config: ModelConfig, mixer: str) -> Block:
 
 
 @pytest.mark.parametrize(("mixer", "keys"), CASES)
-@pytest.mark.parametrize("compute", [torch.bfloat16, None], ids=["bf16", "fp32"])
-def test_saved_bytes_equal_those_of_a_real_forward_pass(mixer: str, keys: dict, compute: torch.dtype | None) -> None:
+@pytest.mark.parametrize(
+    ("compute", "fp8"), [(torch.bfloat16, "off"), (None, "off"), (torch.bfloat16, "rowwise"), (torch.bfloat16, "blockwise")]
+)
+def test_saved_bytes_equal_those_of_a_real_forward_pass(mixer: str, keys: dict, compute: torch.dtype | None, fp8: str) -> None:
+    keys = {**keys, "headdim": 8, "ngroups": 1} if mixer == "mamba2" and fp8 != "off" else keys  # widths that are multiples of 16
     config = config_of(mixer, keys)
     block = real_block(config, mixer)
+    if fp8 != "off":
+        use_fp8(block, fp8)
     batch, length, dtype = 3, 80, compute or torch.float32
     hidden = torch.randn(batch, length, 64, dtype=dtype, requires_grad=True) * 1
     residual = torch.randn(batch, length, 64, requires_grad=True) * 1
@@ -55,7 +61,7 @@ def test_saved_bytes_equal_those_of_a_real_forward_pass(mixer: str, keys: dict, 
     own.add(boundaries.attention_mask.untyped_storage().data_ptr())
     assert ended[0].requires_grad
     real = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
-    planned = block_cost(config, mixer, batch, length, Options(compute, fused=False)).saved
+    planned = block_cost(config, mixer, batch, length, Options(compute, fused=False, fp8=fp8)).saved
     assert planned == pytest.approx(real, rel=0.01)
 
 
@@ -78,6 +84,14 @@ def test_mamba1_with_kernels_keeps_what_was_counted_by_hand(d_model: int) -> Non
     weights = 2 * (d * 2 * e + e * (r + 2 * n) + r * e + e * d)  # autocast's bf16 copies
     planned = block_cost(config, "mamba1", 4, 2048, Options()).saved
     assert planned == pytest.approx(per_token * 4 * 2048 + weights, rel=0.005)
+
+
+@pytest.mark.parametrize("fp8", ["tensorwise", "rowwise", "blockwise"])
+def test_fp8_keeps_half_of_what_projections_keep(fp8: str) -> None:
+    config = ModelConfig(mixer="mamba1", d_model=2048, n_layer=1, vocab_size=256)
+    plain, low = (block_cost(config, "mamba1", 4, 2048, Options(fp8=name)).saved for name in ("off", fp8))
+    inputs, weights = (2048 + 4096) * 4 * 2048, 2048 * 8192 + 4096 * 2048
+    assert plain - low == pytest.approx(inputs + weights, rel=0.05)  # one byte of two, but for the scales
 
 
 @pytest.mark.parametrize("d_model", [768, 2048])
@@ -116,6 +130,11 @@ def test_stand_ins_leave_no_trace_in_the_registry() -> None:
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2", "attention"])
 def test_selective_recomputation_keeps_more_than_inputs(mixer: str) -> None:
     config = ModelConfig(mixer=mixer, d_model=256, n_layer=1, vocab_size=256)
-    selective, block = (block_cost(config, mixer, 2, 1024, Options(recompute=r)) for r in ("selective", "block"))
-    assert selective.saved > block.saved
-    assert selective.backward < block.backward
+    modes = ("none", "selective", "projections", "block")
+    none, selective, projections, block = (block_cost(config, mixer, 2, 1024, Options(recompute=mode)) for mode in modes)
+    assert none.saved > selective.saved > block.saved
+    assert none.backward < selective.backward < block.backward
+    if mixer == "attention":
+        assert projections == selective
+    else:
+        assert selective.saved > projections.saved > block.saved

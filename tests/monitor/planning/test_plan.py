@@ -61,6 +61,17 @@ def test_graphs_keep_their_gradients(run_config: MakeConfig) -> None:
     assert 0 < found["auto"].memory["peak"] - found["off"].memory["peak"] <= 4 * found["auto"].parameters
 
 
+def test_graphs_sum_every_micro_batchs_gradients_over_processes(run_config: MakeConfig) -> None:
+    # Four micro-batches a step: launched, a process holds whole gradients until the last of them.
+    config = run_config(batch=64, micro=8, strategy="fsdp2")
+    found = {}
+    for mode in ("auto", "off"):
+        config.parallel = config.parallel.model_copy(update={"cuda_graphs": mode})
+        found[mode] = make_plan(config, Machine.of("NVIDIA H100 80GB HBM3", 2), alternatives=False)
+    assert found["auto"].memory["parts"]["gradients"] == pytest.approx(4 * found["auto"].parameters / 2)
+    assert found["auto"].memory["peak"] < found["off"].memory["peak"]
+
+
 def test_state_bytes_of_every_engine(run_config: MakeConfig) -> None:
     config = ModelConfig(mixer="mamba2", n_layer=48, d_model=2048, vocab_size=50277)
     shape, n = shape_of(config), 8

@@ -27,6 +27,7 @@ PARAMS = {
     "scan_reduce": "ReduceParams",
     "conv_forward": "ConvParams",
     "conv_backward": "ConvParams",
+    "conv_reduce": "ConvReduceParams",
 }
 
 
@@ -37,8 +38,8 @@ class EmulatedKernel:
     run: ctypes._CFuncPtr  # type: ignore[name-defined]
     block: int
 
-    def __call__(self, grid: tuple[int, int, int], params: ctypes.Structure) -> None:
-        self.run(ctypes.byref(params), *grid, self.block)
+    def __call__(self, grid: tuple[int, int, int], params: bytes) -> None:
+        self.run(params, *grid, self.block)
 
 
 @functools.cache

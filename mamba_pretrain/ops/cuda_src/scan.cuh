@@ -16,8 +16,6 @@ constexpr int CPT = LANE_CHANNELS;
 constexpr int WARP_CHANNELS = QUADS * CPT;
 constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
 constexpr int THREADS = WARPS * 32;
-constexpr int GROUP = 16 / CPT;          // steps whose 16 results a quad sums together
-constexpr int STEPS_A_LANE = 4 / CPT;    // of which each lane ends up with this many, for all CPT channels
 constexpr int LANES_A_ROW = WARP_CHANNELS / 4;  // lanes that turn one step of a warp's activations into floats, four channels each
 constexpr int PASSES = TILE * LANES_A_ROW / 32;  // such steps a lane takes
 

@@ -8,42 +8,19 @@
 //   1. activations become floats in shared memory; each warp for its own channels, B and C for the whole block;
 //   2. the states before each SUB steps are rebuilt and set aside in shared memory;
 //   3. from the last SUB steps to the first: decays and states in registers, C . state and dC on the way forward, the adjoint
-//      recurrence and everything else on the way back. Sums over a channel's states run on the tensor cores (quad_sum) and leave
-//      each lane with whole steps, which it finishes and stores in vectors;
+//      recurrence and everything else on the way back. Sums over a channel's states are exact, by shuffles, which
+//      leave each lane with one whole step to finish and to store in vectors;
 //   4. sums over channels (dB, dC) are exchanged between lanes, collected per block, and added over blocks by scan_reduce.
 //
 // No atomics: every sum has a fixed order. The states of a lane are permuted by its quad number (slot n holds state n ^ twist), so
 // that halving exchanges between quads send one register and keep another without choosing; B and C lie in shared memory once per twist.
 #include "scan.cuh"
 
-#ifndef LATE
-#define LATE 0  // C . state and dC on the way back
-#endif
-#ifndef SUMS
-#define SUMS 0  // 1: sums over a quad by shuffles
-#endif
-#ifndef MERGE
-#define MERGE 0  // the way forward over SUB steps follows the way back over the SUB behind them without a branch
-#endif
-#ifndef TRUNC
-#define TRUNC 0  // partial sums are cut to tf32, not rounded; the mean loss is made good
-#endif
-#ifndef REBUILD_POLY
-#define REBUILD_POLY 0  // every so manyth decay of the rebuilding on the FMA pipe
-#endif
-#ifndef SKEW
-#define SKEW 0  // nanoseconds by which every other block of a multiprocessor begins later
-#endif
-#ifndef SPLIT
-#define SPLIT 0  // prepare before the tile's first barrier
-#endif
-
 constexpr int SUB = 4;                           // steps whose decays and states are in registers
 constexpr int SUBS = TILE / SUB;
-constexpr bool SHUFFLED = SUMS && CPT == 4;      // sums over a quad by shuffles: a group is SUB steps
 constexpr int KEPT = NPT / TWISTS;               // sums of a lane that are left after the exchanges without choice
 constexpr int STATE_VECTORS = CPT * NPT / VECTOR;
-static_assert(SUB % STEPS_A_LANE == 0, "a lane finishes whole steps of one group");
+static_assert(SUB == QUAD, "each lane of a quad finishes one step");
 
 // The time step where a document begins is scaled by a power of two, which the end of its computation takes back: any decay underflows.
 constexpr float START_SCALE = 0x1p100f, START_LEAST = 0x1p-26f, START_MOST = 0x1p27f;
@@ -100,20 +77,6 @@ struct Backward {
     BackwardBlock& block;
     BackwardWarp& tile;
     const int batch, channel0, lane;
-
-    template <int SLOT>
-    DEVICE static float rebuild_decay(float delta, float rate) {
-#if REBUILD_POLY
-        if constexpr (SLOT % REBUILD_POLY == REBUILD_POLY - 1) {
-            const float x = fmaxf(delta * rate, -127.f), shifted = fmaf(1.f, x, 12582912.f), f = x - (shifted - 12582912.f);
-            float p = 1.32647273e-3f;
-            p = fmaf(p, f, 9.67151299e-3f), p = fmaf(p, f, 5.55073359e-2f), p = fmaf(p, f, 2.40222424e-1f);
-            p = fmaf(p, f, 6.93147004e-1f), p = fmaf(p, f, 1.f);
-            return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-        }
-#endif
-        return decay<SLOT>(delta, rate);
-    }
 
     DEVICE int quad() const { return lane >> 2; }
     DEVICE int part() const { return lane & 3; }
@@ -232,25 +195,13 @@ struct Backward {
                     constexpr int c = decltype(c_)::value;
                     unrolled<NPT>([&](auto n_) {
                         constexpr int n = decltype(n_)::value;
-                        h[c][n] = fmaf(rebuild_decay<c * NPT + n>(delta[c], rate[c][n]), h[c][n], input[c] * B[n]);
+                        h[c][n] = fmaf(decay<c * NPT + n>(delta[c], rate[c][n]), h[c][n], input[c] * B[n]);
                     });
                 });
             }
             store_state(sub, h);
         }
     }
-
-#if TRUNC && SCALAR_TYPE == 1
-    static constexpr float LOSS = 1.f + 3.522e-4f;  // 2^-11 / (2 ln 2): mean of what tf32 cuts off, mantissas being log-uniform
-    DEVICE static void quad_sum(float (&sum)[4], const float (&v)[4], int receiver) {
-        const int quad = (threadIdx.x & 31) >> 2;
-        const unsigned one = __float_as_uint(1.f);
-        const unsigned b0 = quad == 2 * receiver ? one : 0u, b1 = quad == 2 * receiver + 1 ? one : 0u;
-        mma_tf32(sum, __float_as_uint(v[0]), __float_as_uint(v[2]), __float_as_uint(v[1]), __float_as_uint(v[3]), b0, b1);
-    }
-#else
-    static constexpr float LOSS = 1.f;
-#endif
 
     // Adds one step's contributions over the quads of a pair of lanes, of four quads if TWISTS allows; leaves KEPT sums.
     DEVICE void exchange(float (&v)[NPT], float (&kept)[KEPT]) const {
@@ -275,48 +226,41 @@ struct Backward {
         }
     }
 
-    // The steps that a lane received from the quad sums of a group: du, d delta, dz, and the lane's share of dbias. No branches, so that
-    // what comes before and behind mixes with it.
-    DEVICE void finish(int stage, int start, int group, int valid, const float (&y)[4], const float (&dinput)[4], const float (&dlog)[4]) const {
-        const int channel = own();
-        float D[CPT], dbias[CPT];
+    // The step that a lane received from the quad sums: du, d delta, dz, and the lane's share of dbias. No branches, so that what comes
+    // before and behind mixes with it.
+    DEVICE void finish(int stage, int start, int sub, int valid, const float (&y)[CPT], const float (&dinput)[CPT], const float (&dlog)[CPT]) const {
+        const int channel = own(), step = sub * SUB + part();
+        float D[CPT], dbias[CPT], u[CPT], delta[CPT], dy[CPT], du[CPT], ddelta[CPT];
         load<CPT>(&tile.D[channel], D);
         load<CPT>(tile.dbias[lane], dbias);
-#pragma unroll
-        for (int r = 0; r < STEPS_A_LANE; ++r) {
-            const int step = group + part() * STEPS_A_LANE + r;
-            float u[CPT], delta[CPT], dy[CPT], du[CPT], ddelta[CPT];
-            load<CPT>(&tile.u[stage][step][channel], u);
-            load<CPT>(&tile.time_step[step][channel], delta);
-            load<CPT>(&tile.dy[step][channel], dy);
+        load<CPT>(&tile.u[stage][step][channel], u);
+        load<CPT>(&tile.time_step[step][channel], delta);
+        load<CPT>(&tile.dy[step][channel], dy);
 #if HAS_Z
-            float dz[CPT];
-            load<CPT>(&tile.dgate(stage)[step][channel], dz);
+        float dz[CPT];
+        load<CPT>(&tile.dgate(stage)[step][channel], dz);
 #endif
 #if HAS_SEQ
-            const bool starts = delta[0] >= START_SCALE * START_LEAST;
+        const bool starts = delta[0] >= START_SCALE * START_LEAST;
 #pragma unroll
-            for (int c = 0; c < CPT; ++c) delta[c] = starts ? delta[c] * (1.f / START_SCALE) : delta[c];
+        for (int c = 0; c < CPT; ++c) delta[c] = starts ? delta[c] * (1.f / START_SCALE) : delta[c];
 #endif
 #pragma unroll
-            for (int c = 0; c < CPT; ++c) {
-                const int i = r * CPT + c;
-                const float dx = dinput[i] * LOSS;
-                du[c] = fmaf(dx, delta[c], D[c] * dy[c]);
-                ddelta[c] = fmaf(dx, u[c], dlog[i] * (LN2 * LOSS)) * softplus_slope(delta[c]);
-                dbias[c] += ddelta[c];
+        for (int c = 0; c < CPT; ++c) {
+            du[c] = fmaf(dinput[c], delta[c], D[c] * dy[c]);
+            ddelta[c] = fmaf(dinput[c], u[c], dlog[c] * LN2) * softplus_slope(delta[c]);
+            dbias[c] += ddelta[c];
 #if HAS_Z
-                dz[c] *= fmaf(D[c], u[c], y[i] * LOSS);
-#endif
-            }
-            const int first = channel0 + channel;
-            const offset_t row = (offset_t(batch) * p.length + start + step) * p.channels;
-            store_row(p.du + row, first, p.channels, du, step < valid);
-            store_row(p.ddelta + row, first, p.channels, ddelta, step < valid);
-#if HAS_Z
-            store_row(p.dz + row, first, p.channels, dz, step < valid);
+            dz[c] *= fmaf(D[c], u[c], y[c]);
 #endif
         }
+        const int first = channel0 + channel;
+        const offset_t row = (offset_t(batch) * p.length + start + step) * p.channels;
+        store_row(p.du + row, first, p.channels, du, step < valid);
+        store_row(p.ddelta + row, first, p.channels, ddelta, step < valid);
+#if HAS_Z
+        store_row(p.dz + row, first, p.channels, dz, step < valid);
+#endif
         store<CPT>(tile.dbias[lane], dbias);
     }
 
@@ -353,27 +297,8 @@ struct Backward {
     }
 
     // Forward over SUB steps: decays, states (h[i] before step i) and what they alone give, C . state and dC.
-    DEVICE void ahead(int sub, const float (&rate)[CPT][NPT], float (&a)[SUB][CPT][NPT], float (&h)[SUB + 1][CPT][NPT], float (&y)[4]) const {
-#if LATE
-        load_state(sub, h[0]);
-        unrolled<SUB>([&](auto i_) {
-            constexpr int i = decltype(i_)::value;
-            const int step = sub * SUB + i;
-            float B[NPT], delta[CPT], input[CPT];
-            load<NPT>(&block.B[step][twist()][part() * NPT], B);
-            load<CPT>(&tile.time_step[step][own()], delta);
-            load<CPT>(&tile.input[step][own()], input);
-            unrolled<CPT>([&](auto c_) {
-                constexpr int c = decltype(c_)::value;
-                unrolled<NPT>([&](auto n_) {
-                    constexpr int n = decltype(n_)::value;
-                    a[i][c][n] = decay<c * NPT + n>(delta[c], rate[c][n]);
-                    h[i + 1][c][n] = fmaf(a[i][c][n], h[i][c][n], input[c] * B[n]);
-                });
-            });
-        });
-#else
-        float parts[4], even[KEPT], odd[KEPT], all[QUAD][4];
+    DEVICE void ahead(int sub, const float (&rate)[CPT][NPT], float (&a)[SUB][CPT][NPT], float (&h)[SUB + 1][CPT][NPT], float (&y)[CPT]) const {
+        float parts[SUB][CPT], even[KEPT], odd[KEPT];
         load_state(sub, h[0]);
         unrolled<SUB>([&](auto i_) {
             constexpr int i = decltype(i_)::value;
@@ -394,34 +319,22 @@ struct Backward {
                     sum = fmaf(C[n], h[i + 1][c][n], sum);
                     dC[n] = fmaf(dy[c], h[i + 1][c][n], dC[n]);
                 });
-                parts[i % STEPS_A_LANE * CPT + c] = sum;
+                parts[i][c] = sum;
             });
-            if constexpr (SHUFFLED) {
-                unrolled<4>([&](auto c_) { all[i][decltype(c_)::value] = parts[decltype(c_)::value]; });
-                if constexpr (HAS_Z && i == SUB - 1) quad_sums(y, all);
-            } else if constexpr (HAS_Z && i % STEPS_A_LANE == STEPS_A_LANE - 1) {
-                quad_sum(y, parts, step % GROUP / STEPS_A_LANE);
-            }
+            if constexpr (HAS_Z && i == SUB - 1) quad_sums(y, parts);
             exchange(dC, i % 2 ? odd : even);
             if constexpr (i % 2) collect(tile.dBC[1], step - 1, even, odd);
         });
-#endif
     }
 
     // Back over SUB steps: the adjoint g, and everything that needs it.
     DEVICE void back(int sub, const float (&rate)[CPT][NPT], const float (&a)[SUB][CPT][NPT], const float (&h)[SUB + 1][CPT][NPT], float (&g)[CPT][NPT],
-                     float (&dA)[CPT][NPT], float (&y)[4], float (&dinput)[4], float (&dlog)[4]) const {
-        float parts[4], log_parts[4], even[KEPT], odd[KEPT], all[QUAD][4], all_log[QUAD][4];
-#if LATE
-        float y_parts[4], even_C[KEPT], odd_C[KEPT], all_y[QUAD][4];
-#endif
+                     float (&dA)[CPT][NPT], float (&dinput)[CPT], float (&dlog)[CPT]) const {
+        float parts[SUB][CPT], log_parts[SUB][CPT], even[KEPT], odd[KEPT];
         unrolled<SUB>([&](auto i_) {
             constexpr int i = SUB - 1 - decltype(i_)::value;
             const int step = sub * SUB + i;
             float B[NPT], C[NPT], delta[CPT], input[CPT], dy[CPT], dB[NPT] = {};
-#if LATE
-            float dC[NPT] = {};
-#endif
             load<NPT>(&block.B[step][twist()][part() * NPT], B);
             load<NPT>(&block.C[step][twist()][part() * NPT], C);
             load<CPT>(&tile.time_step[step][own()], delta);
@@ -430,16 +343,9 @@ struct Backward {
             unrolled<CPT>([&](auto c_) {
                 constexpr int c = decltype(c_)::value;
                 float sum = 0.f, log_sum = 0.f;
-#if LATE
-                float y_sum = 0.f;
-#endif
                 unrolled<NPT>([&](auto n_) {
                     constexpr int n = decltype(n_)::value;
                     const float adjoint = fmaf(C[n], dy[c], g[c][n]);
-#if LATE
-                    y_sum = fmaf(C[n], h[i + 1][c][n], y_sum);
-                    dC[n] = fmaf(dy[c], h[i + 1][c][n], dC[n]);
-#endif
                     dB[n] = fmaf(adjoint, input[c], dB[n]);
                     sum = fmaf(adjoint, B[n], sum);
                     g[c][n] = a[i][c][n] * adjoint;
@@ -447,38 +353,13 @@ struct Backward {
                     log_sum = fmaf(dexponent, rate[c][n], log_sum);
                     dA[c][n] = fmaf(dexponent, delta[c], dA[c][n]);
                 });
-                parts[i % STEPS_A_LANE * CPT + c] = sum;
-                log_parts[i % STEPS_A_LANE * CPT + c] = log_sum;
-#if LATE
-                y_parts[i % STEPS_A_LANE * CPT + c] = y_sum;
-#endif
+                parts[i][c] = sum;
+                log_parts[i][c] = log_sum;
             });
-            if constexpr (SHUFFLED) {
-                unrolled<4>([&](auto c_) {
-                    constexpr int c = decltype(c_)::value;
-                    all[i][c] = parts[c], all_log[i][c] = log_parts[c];
-#if LATE
-                    all_y[i][c] = y_parts[c];
-#endif
-                });
-                if constexpr (i == 0) {
-                    quad_sums(dinput, all);
-                    quad_sums(dlog, all_log);
-#if LATE
-                    if constexpr (HAS_Z) quad_sums(y, all_y);
-#endif
-                }
-            } else if constexpr (i % STEPS_A_LANE == 0) {
-                quad_sum(dinput, parts, step % GROUP / STEPS_A_LANE);
-                quad_sum(dlog, log_parts, step % GROUP / STEPS_A_LANE);
-#if LATE
-                if constexpr (HAS_Z) quad_sum(y, y_parts, step % GROUP / STEPS_A_LANE);
-#endif
+            if constexpr (i == 0) {
+                quad_sums(dinput, parts);
+                quad_sums(dlog, log_parts);
             }
-#if LATE
-            exchange(dC, i % 2 ? odd_C : even_C);
-            if constexpr (i % 2 == 0) collect(tile.dBC[1], step, even_C, odd_C);
-#endif
             exchange(dB, i % 2 ? odd : even);
             if constexpr (i % 2 == 0) collect(tile.dBC[0], step, even, odd);
         });
@@ -510,9 +391,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     extern __shared__ __align__(16) char shared[];
     BackwardBlock& block = *reinterpret_cast<BackwardBlock*>(shared);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, batch = blockIdx.y, segment = blockIdx.z;
-#if SKEW
-    if ((blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)) / 132 & 1) __nanosleep(SKEW);
-#endif
     const Backward scan{p, block, block.warps[warp], batch, (int(blockIdx.x) * WARPS + warp) * WARP_CHANNELS, lane};
     const int begin = segment * p.segments.length, end = min(p.length, begin + p.segments.length);
     const int channel = scan.channel0 + scan.own(), part = scan.part(), twist = scan.twist();
@@ -542,10 +420,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         const int valid = min(TILE, end - start);
         const unsigned starts = documents.mask(start, p.length, lane);
         wait_copies();
-#if SPLIT
-        __syncwarp();
-        scan.prepare(stage, starts, valid);
-#endif
         __syncthreads();
         if (start < last) scan.store_dbc(start + TILE, end);
         if (start > begin) {
@@ -553,41 +427,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             documents.prefetch(p.seq_idx, seq_row, start - TILE, p.length, lane);
         }
         convert_bc(block.bc[stage], block.B, block.C);
-#if !SPLIT
         scan.prepare(stage, starts, valid);
-#endif
         __syncthreads();
         scan.rebuild(rate);
-#if MERGE && LANE_CHANNELS == 4
-        float a[SUB][CPT][NPT], h[SUB + 1][CPT][NPT], y[4] = {0.f, 0.f, 0.f, 0.f};
-        scan.ahead(SUBS - 1, rate, a, h, y);
 #pragma unroll 1
-        for (int sub = SUBS - 1; sub > 0; --sub) {
-            float next_y[4] = {0.f, 0.f, 0.f, 0.f}, dinput[4] = {0.f, 0.f, 0.f, 0.f}, dlog[4] = {0.f, 0.f, 0.f, 0.f};
-            scan.back(sub, rate, a, h, g, dA, y, dinput, dlog);
-            scan.ahead(sub - 1, rate, a, h, next_y);
-            scan.finish(stage, start, sub * SUB, valid, y, dinput, dlog);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) y[i] = next_y[i];
+        for (int sub = SUBS - 1; sub >= 0; --sub) {
+            float a[SUB][CPT][NPT], h[SUB + 1][CPT][NPT], y[CPT], dinput[CPT], dlog[CPT];
+            scan.ahead(sub, rate, a, h, y);
+            if (sub == 0 && start > begin) scan.issue_checkpoint(start - TILE);
+            scan.back(sub, rate, a, h, g, dA, dinput, dlog);
+            scan.finish(stage, start, sub, valid, y, dinput, dlog);
         }
-        if (start > begin) scan.issue_checkpoint(start - TILE);
-        float dinput[4] = {0.f, 0.f, 0.f, 0.f}, dlog[4] = {0.f, 0.f, 0.f, 0.f};
-        scan.back(0, rate, a, h, g, dA, y, dinput, dlog);
-        scan.finish(stage, start, 0, valid, y, dinput, dlog);
-#else
-#pragma unroll 1
-        for (int group = TILE - GROUP; group >= 0; group -= GROUP) {
-            float y[4] = {0.f, 0.f, 0.f, 0.f}, dinput[4] = {0.f, 0.f, 0.f, 0.f}, dlog[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 1
-            for (int first = group + GROUP - SUB; first >= group; first -= SUB) {
-                float a[SUB][CPT][NPT], h[SUB + 1][CPT][NPT];
-                scan.ahead(first / SUB, rate, a, h, y);
-                if (first == 0 && start > begin) scan.issue_checkpoint(start - TILE);
-                scan.back(first / SUB, rate, a, h, g, dA, y, dinput, dlog);
-            }
-            scan.finish(stage, start, group, valid, y, dinput, dlog);
-        }
-#endif
     }
     __syncthreads();
     scan.store_dbc(begin, end);

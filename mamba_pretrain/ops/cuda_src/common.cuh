@@ -186,11 +186,12 @@ DEVICE void quad_exchange(float (&kept)[K], const float (&lower)[K], const float
     for (int i = 0; i < K; ++i) kept[i] = (up ? upper[i] : lower[i]) + __shfl_xor_sync(FULL_WARP, up ? lower[i] : upper[i], bit);
 }
 
-// Sums over the quad of four times K values; lane number r of the quad receives the sums of values[r]. Exact, and of a fixed order.
-template <int K>
+// Sums over the quad, whose lanes differ in BIT and 2 * BIT, of four times K values; its lane number r receives the sums of values[r].
+// Exact, and of a fixed order.
+template <int BIT, int K>
 DEVICE void quad_sums(float (&sums)[K], const float (&values)[4][K]) {
     float first[K], second[K];
-    quad_exchange(first, values[0], values[1], 1);
-    quad_exchange(second, values[2], values[3], 1);
-    quad_exchange(sums, first, second, 2);
+    quad_exchange(first, values[0], values[1], BIT);
+    quad_exchange(second, values[2], values[3], BIT);
+    quad_exchange(sums, first, second, 2 * BIT);
 }

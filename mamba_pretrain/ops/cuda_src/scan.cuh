@@ -19,6 +19,19 @@ constexpr int THREADS = WARPS * 32;
 constexpr int LANES_A_ROW = WARP_CHANNELS / 4;  // lanes that turn one step of a warp's activations into floats, four channels each
 constexpr int PASSES = TILE * LANES_A_ROW / 32;  // such steps a lane takes
 
+// A quad's lanes differ in bits 1 and 2 of their numbers; bit 0 tells two quads apart that share a twist. So lanes n and n ^ 1 read the
+// same B and C, lanes n and n ^ 2 the same activations: pairs that shared memory serves in half the time, 16 bytes a lane.
+constexpr int PART_BIT = 2;
+
+DEVICE int part_of(int lane) { return lane / PART_BIT % QUAD; }
+
+// A lane's quad, where TWIN is the bit of its number that its twist does not depend on.
+template <int TWIN>
+DEVICE int quad_of(int lane) {
+    const int others = lane >> 3;
+    return others / TWIN * TWIN * 2 + (lane & 1) * TWIN + others % TWIN;
+}
+
 // Slot n of a lane holds state n ^ twist, with a twist for each quad (see exchange in scan_backward.cu); B and C lie in shared memory
 // once per twist. Checkpoints are kept in slot order, which the backward kernel's quads define: TWIST_CHANNELS of theirs.
 constexpr int TWISTS = NPT < 4 ? NPT : 4;
@@ -94,7 +107,8 @@ struct Conversion {
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) ::load<4>(&tile[step(pass)][channel()], x[pass]);
     }
-    DEVICE void store(float (*tile)[WARP_CHANNELS], const float (&x)[PASSES][4]) const {
+    template <int PITCH>
+    DEVICE void store(float (*tile)[PITCH], const float (&x)[PASSES][4]) const {
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) ::store<4>(&tile[step(pass)][channel()], x[pass]);
     }

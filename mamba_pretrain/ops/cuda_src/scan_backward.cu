@@ -18,6 +18,7 @@
 
 constexpr int SUB = 4;                           // steps whose decays and states are in registers
 constexpr int SUBS = TILE / SUB;
+constexpr int PITCH = WARP_CHANNELS + (CPT == 4 ? 4 : 0);  // of rows that a quad's lanes read at four steps: spreads these over the banks
 constexpr int KEPT = NPT / TWISTS;               // sums of a lane that are left after the exchanges without choice
 constexpr int STATE_VECTORS = CPT * NPT / VECTOR;
 static_assert(SUB == QUAD, "each lane of a quad finishes one step");
@@ -54,9 +55,9 @@ struct BackwardWarp {  // a warp's shared memory
     scalar_t douts[2][TILE][WARP_CHANNELS];
     DEVICE scalar_t (*dout(int stage))[WARP_CHANNELS] { return douts[stage]; }
 #endif
-    float time_step[TILE][WARP_CHANNELS];
+    float time_step[TILE][PITCH];
     float input[TILE][WARP_CHANNELS];
-    float dy[TILE][WARP_CHANNELS];
+    float dy[TILE][PITCH];
     float dBC[2][TILE][STATES];
     float states[SUBS][STATE_VECTORS][32][VECTOR];  // before each SUB steps, one lane's side by side
     float dD[32][4];                                // a lane's share: of the channels that it turns into floats,
@@ -78,10 +79,12 @@ struct Backward {
     BackwardWarp& tile;
     const int batch, channel0, lane;
 
-    DEVICE int quad() const { return lane >> 2; }
-    DEVICE int part() const { return lane & 3; }
+    DEVICE int quad() const { return quad_of<4>(lane); }  // its twist depends on bits 1 and 2
+    DEVICE int part() const { return part_of(lane); }
     DEVICE int twist() const { return quad() % TWISTS; }
     DEVICE int own() const { return quad() * CPT; }
+    // Where a channel lies in a row of dgate, whose size leaves no room for a pitch.
+    DEVICE static int swizzled(int step, int channel) { return CPT == 4 ? channel ^ step % 4 * 4 : channel; }
 
     DEVICE void issue(int start, int end, int stage) const {
         const int rows = end - start, cols = p.channels - channel0;
@@ -161,7 +164,8 @@ struct Backward {
                 z[pass][i] = dy[pass][i] * fmaf(silu, 1.f - gate, gate);
                 dy[pass][i] *= silu;
             }
-        lanes.store(tile.dgate(stage), z);
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass) store<4>(&tile.dgate(stage)[lanes.step(pass)][swizzled(lanes.step(pass), lanes.channel())], z[pass]);
 #endif
         float dD[4];
         load<4>(tile.dD[lane], dD);
@@ -209,7 +213,7 @@ struct Backward {
         for (int bit = 1; bit < TWISTS; bit *= 2)
 #pragma unroll
             for (int n = 0; n < NPT; ++n)
-                if (n % (2 * bit) == 0) v[n] += __shfl_xor_sync(FULL_WARP, v[n + bit], QUAD * bit);
+                if (n % (2 * bit) == 0) v[n] += __shfl_xor_sync(FULL_WARP, v[n + bit], 8 * bit);
 #pragma unroll
         for (int k = 0; k < KEPT; ++k) kept[k] = v[k * TWISTS];
     }
@@ -220,8 +224,8 @@ struct Backward {
 #pragma unroll
         for (int k = 0; k < KEPT; ++k) {
             float keep = upper ? second[k] : first[k];
-            keep += __shfl_xor_sync(FULL_WARP, upper ? first[k] : second[k], 16);
-            if constexpr (TWISTS < 4) keep += __shfl_xor_sync(FULL_WARP, keep, 8);
+            keep += __shfl_xor_sync(FULL_WARP, upper ? first[k] : second[k], 1);
+            if constexpr (TWISTS < 4) keep += __shfl_xor_sync(FULL_WARP, keep, 16);
             sums[step + upper][part() * NPT + k * TWISTS + twist()] = keep;
         }
     }
@@ -238,7 +242,7 @@ struct Backward {
         load<CPT>(&tile.dy[step][channel], dy);
 #if HAS_Z
         float dz[CPT];
-        load<CPT>(&tile.dgate(stage)[step][channel], dz);
+        load<CPT>(&tile.dgate(stage)[step][swizzled(step, channel)], dz);
 #endif
 #if HAS_SEQ
         const bool starts = delta[0] >= START_SCALE * START_LEAST;
@@ -281,8 +285,8 @@ struct Backward {
 #pragma unroll
         for (int c = 0; c < CPT; ++c) {
             float sum = tile.dbias[lane][c];
-            sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-            sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+            sum += __shfl_xor_sync(FULL_WARP, sum, PART_BIT);
+            sum += __shfl_xor_sync(FULL_WARP, sum, 2 * PART_BIT);
             const int channel = channel0 + own() + c;
             if (part() == 0 && channel < p.channels) p.dbias[row * p.channels + channel] = sum;
         }
@@ -321,7 +325,7 @@ struct Backward {
                 });
                 parts[i][c] = sum;
             });
-            if constexpr (HAS_Z && i == SUB - 1) quad_sums(y, parts);
+            if constexpr (HAS_Z && i == SUB - 1) quad_sums<PART_BIT>(y, parts);
             exchange(dC, i % 2 ? odd : even);
             if constexpr (i % 2) collect(tile.dBC[1], step - 1, even, odd);
         });
@@ -357,8 +361,8 @@ struct Backward {
                 log_parts[i][c] = log_sum;
             });
             if constexpr (i == 0) {
-                quad_sums(dinput, parts);
-                quad_sums(dlog, log_parts);
+                quad_sums<PART_BIT>(dinput, parts);
+                quad_sums<PART_BIT>(dlog, log_parts);
             }
             exchange(dB, i % 2 ? odd : even);
             if constexpr (i % 2 == 0) collect(tile.dBC[0], step, even, odd);

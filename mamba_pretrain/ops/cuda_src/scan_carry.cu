@@ -76,7 +76,7 @@ struct CarryWarp {
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_carry(const __grid_constant__ CarryParams p) {
     extern __shared__ __align__(16) char shared[];
-    const int lane = threadIdx.x & 31, quad = lane >> 2, part = lane & 3;
+    const int lane = threadIdx.x & 31, quad = quad_of<4>(lane), part = part_of(lane);
     const int batch = blockIdx.y, segment = blockIdx.z;
     const int channel0 = (blockIdx.x * WARPS + (threadIdx.x >> 5)) * WARP_CHANNELS;
     if (channel0 >= p.channels) return;

@@ -14,6 +14,7 @@
 
 constexpr int GROUP = 16 / CPT;        // steps whose 16 results a quad sums together
 constexpr int STEPS_A_LANE = 4 / CPT;  // of which each lane ends up with this many, for all CPT channels
+constexpr int TWIN = TWIST_CHANNELS == CPT ? 4 : 1;
 static_assert(TWIST_CHANNELS % CPT == 0, "a lane's channels share a twist");
 
 struct ForwardParams {
@@ -105,7 +106,7 @@ struct Forward {
 
     // The recurrence over a tile.
     DEVICE void walk(int stage, int start, int valid, int twist, const float (&D)[CPT], const float (&rate)[CPT][NPT], float (&h)[CPT][NPT]) const {
-        const int part = lane & 3, own = (lane >> 2) * CPT;
+        const int part = part_of(lane), own = quad_of<TWIN>(lane) * CPT;
 #pragma unroll 1
         for (int group = 0; group < TILE; group += GROUP) {
             float sums[4], parts[QUAD][4];
@@ -131,13 +132,13 @@ struct Forward {
                     });
                 }
             }
-            quad_sums(sums, parts);
+            quad_sums<PART_BIT>(sums, parts);
             finish(stage, start, group + part * STEPS_A_LANE, valid, own, D, sums);
         }
     }
 
     DEVICE void store_final(int twist, const float (&h)[CPT][NPT]) const {
-        const int part = lane & 3, channel = channel0 + (lane >> 2) * CPT;
+        const int part = part_of(lane), channel = channel0 + quad_of<TWIN>(lane) * CPT;
         if (p.final_state == nullptr || end != p.length) return;
 #pragma unroll
         for (int c = 0; c < CPT; ++c)
@@ -151,7 +152,7 @@ struct Forward {
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(const __grid_constant__ ForwardParams p) {
     extern __shared__ __align__(16) char shared[];
     ForwardBlock& block = *reinterpret_cast<ForwardBlock*>(shared);
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, quad = lane >> 2, part = lane & 3;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, quad = quad_of<TWIN>(lane), part = part_of(lane);
     const int batch = blockIdx.y, segment = blockIdx.z;
     const int begin = segment * p.segments.length, end = min(p.length, begin + p.segments.length);
     ForwardWarp& tile = block.warps[warp];

@@ -153,12 +153,17 @@ DEVICE void convert_bc(const scalar_t (*raw)[2 * STATES], float (*B)[TWISTS][STA
         float x[VECTOR];
         load<VECTOR>(&raw[step][n], x);
         float(*copies)[STATES] = n < STATES ? B[step] : C[step];
+        // Lanes that write C are one twist off, since that of B lies in the same banks.
+        const int off = n >= STATES;
+        float z[VECTOR];
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) z[i] = off ? x[i ^ 1] : x[i];
 #pragma unroll
         for (int t = 0; t < TWISTS; ++t) {
             float y[VECTOR];
 #pragma unroll
-            for (int i = 0; i < VECTOR; ++i) y[i] = x[i ^ t];
-            store<VECTOR>(&copies[t][n % STATES], y);
+            for (int i = 0; i < VECTOR; ++i) y[i] = z[i ^ t];
+            store<VECTOR>(&copies[t ^ off][n % STATES], y);
         }
     }
 }

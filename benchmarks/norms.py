@@ -144,7 +144,7 @@ def main() -> None:
     if arguments.variants is not None:
         variants(arguments.variants or ["rms_norm 1.4b", "gated_rms_norm 1.3b"])
         return
-    rows = rows_of("norms", lambda: [measure_one(name) for name in SHAPES])
+    rows = rows_of("norms", lambda: (measure_one(name) for name in SHAPES))
     show(rows)
     conclude(failures(rows) if arguments.check else [])
 

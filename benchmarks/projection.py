@@ -140,7 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 under a bar; without a GPU reads the newest record")
     arguments = parser.parse_args()
-    rows = rows_of("projection", lambda: [measure(name, case) for name, case in CASES.items()])
+    rows = rows_of("projection", lambda: (measure(name, case) for name, case in CASES.items()))
     show(rows)
     failed = failures(rows) if arguments.check else []
     print("\n".join(failed))

@@ -8,7 +8,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -101,13 +101,16 @@ def every(name: str, device_contains: str = "", folder: Path = RESULTS) -> list[
     return sorted(records, key=lambda r: r["date"])
 
 
-def rows_of(name: str, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What ``measure`` finds on this machine's GPU, recorded under that name; without a GPU the rows of the newest record."""
+def rows_of(name: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What ``measure`` finds on this machine's GPU, recorded under that name row by row; without a GPU the rows of the newest record."""
     import torch
 
     if torch.cuda.is_available():
-        rows = measure()
-        print(record(name, {"rows": rows}))
+        growing, rows = Growing(name), []
+        for row in measure():
+            rows.append(row)
+            growing.save({"rows": rows})
+        print(growing.path)
         return rows
     found = newest(name)
     print(f"{found['device']}, {found['date']}{', ' + found['note'] if 'note' in found else ''}")

@@ -7,14 +7,18 @@
 Both sides are timed through their autograd wrappers, on the layouts they take (ours: u and z halves of one tensor, B and C slices of
 another; mamba-ssm: channel-first and contiguous), medians of repeated runs. Correctness is checked at the timed shapes: against mamba-ssm
 everywhere, and against the fp64 recurrence on a few channels of one row (dB and dC, which sum over all channels, only against mamba-ssm).
+The record grows shape by shape: a run that is cut off leaves what it measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +103,13 @@ def exact(inputs: dict[str, Tensor], dy: Tensor) -> list[Tensor]:
     u, delta, z = (sequences[k][..., :SLICE].requires_grad_() for k in ("u", "delta", "z"))
     A, D, bias = (inputs[k].detach()[:SLICE].double() for k in ("A", "D", "delta_bias"))
     step = F.softplus(delta + bias, threshold=1e4)
-    state, ys = u.new_zeros(1, *A.shape), []
-    for t in range(u.shape[1]):
-        state = torch.exp(step[:, t, :, None] * A) * state + (step[:, t] * u[:, t])[..., None] * sequences["B"][:, t, None]
-        ys.append((state * sequences["C"][:, t, None]).sum(-1))
-    y = (torch.stack(ys, 1) + D * u) * F.silu(z)
+    # One launch a step forward and few backward: all that does not depend on the state is computed at once.
+    decays, inflows = torch.exp(step[..., None] * A), (step * u)[..., None] * sequences["B"][:, :, None]
+    state, states = u.new_zeros(1, *A.shape), []
+    for decay, inflow in zip(decays.unbind(1), inflows.unbind(1), strict=True):
+        state = torch.addcmul(inflow, decay, state)
+        states.append(state)
+    y = ((torch.stack(states, 1) * sequences["C"][:, :, None]).sum(-1) + D * u) * F.silu(z)
     return [y, *torch.autograd.grad(y, [u, delta, z], dy[-1:, :, :SLICE].double())]
 
 
@@ -112,13 +118,15 @@ def error(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def errors(inputs: dict[str, Tensor], dy: Tensor, run: tuple[Callable[[], Tensor], Callable[[], Any]], turn: bool) -> dict[str, float]:
-    """Of y, du, ddelta and dz against the fp64 recurrence."""
+def errors(expected: list[Tensor], run: tuple[Callable[[], Tensor], Callable[[], Any]], turn: bool) -> dict[str, float]:
+    """Of y, du, ddelta and dz against the fp64 recurrence; nothing where that was not ``expected``."""
+    if not expected:
+        return {}
     forward, backward = run
     gradients = dict(zip(NAMES, backward(), strict=True))
     found = [forward(), gradients["u"], gradients["delta"], gradients["z"]]
     found = [(t.transpose(1, 2) if turn else t)[-1:, :, :SLICE] for t in found]
-    return {name: error(a, b) for name, a, b in zip(("y", "du", "ddelta", "dz"), found, exact(inputs, dy), strict=True)}
+    return {name: error(a, b) for name, a, b in zip(("y", "du", "ddelta", "dz"), found, expected, strict=True)}
 
 
 def floors(batch: int, channels: int, length: int, states: int) -> dict[str, float]:
@@ -150,12 +158,14 @@ def buffers(inputs: dict[str, Tensor]) -> dict[str, int]:
 
 def measure(size: tuple[int, int, int, int]) -> dict[str, Any]:
     """One row of the table."""
+    began = time.monotonic()
     batch, channels, length, states = size
     inputs, dy = make(*size)
     row: dict[str, Any] = {"shape": f"B{batch} D{channels} L{length} N{states}", "size": size, **buffers(inputs), "floors": floors(*size)}
     run = ours(inputs, dy)
     row["ours"] = timed(*run)
-    row["errors"] = errors(inputs, dy, run, turn=False) if length <= 4096 else {}
+    expected = exact(inputs, dy) if length <= 4096 else []
+    row["errors"] = errors(expected, run, turn=False)
     row["bit_equal"] = all(torch.equal(a, b) for a, b in zip(run[1](), run[1](), strict=True))
     seq_idx = (torch.rand(batch, length, device="cuda") < 0.005).int().cumsum(1).int()
     row["with_seq_idx"] = timed(*ours(inputs, dy, seq_idx))
@@ -164,11 +174,28 @@ def measure(size: tuple[int, int, int, int]) -> dict[str, Any]:
     except ImportError as missing:
         return {**row, "mamba_ssm": None, "why": str(missing)}
     row["mamba_ssm"] = timed(*theirs)
-    row["mamba_ssm_errors"] = errors(inputs, dy, theirs, turn=True) if length <= 4096 else {}
+    row["mamba_ssm_errors"] = errors(expected, theirs, turn=True)
     pairs = zip(NAMES, run[1](), theirs[1](), strict=True)
     row["difference"] = {name: error(a, b.transpose(1, 2) if b.dim() == 3 else b) for name, a, b in pairs}
     row["speedup"] = {k: row["mamba_ssm"][f"{k}_ms"] / row["ours"][f"{k}_ms"] for k in ("forward", "backward", "both")}
+    row["took_seconds"] = round(time.monotonic() - began, 1)
     return row
+
+
+def measure_all() -> Iterator[dict[str, Any]]:
+    """The table's rows. All kernels are compiled first, side by side: one after another they would take longer than the rest."""
+    from mamba_pretrain.ops import cuda_scan_kernels as kernels
+
+    def compile_for(case: tuple[tuple[int, int, int, int], bool]) -> None:
+        (batch, channels, length, states), has_seq = case
+        kernels.warm_up(torch.bfloat16, batch, length, channels, states, device=0, has_seq=has_seq)
+
+    began = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_for, itertools.product(SHAPES, (False, True))))
+    print(f"compiled in {time.monotonic() - began:.1f} s")
+    for size in SHAPES:
+        yield measure(size)
 
 
 def seq_idx_cost(row: dict[str, Any]) -> float | None:
@@ -252,7 +279,7 @@ def main() -> int:
     if arguments.tune:
         tune()
         return 0
-    rows = rows_of("selective_scan", lambda: [measure(size) for size in SHAPES])
+    rows = rows_of("selective_scan", measure_all)
     show(rows)
     failed = failures(rows) if arguments.check else []
     print("\n".join(failed))

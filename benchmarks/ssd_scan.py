@@ -240,7 +240,7 @@ def main() -> int:
     if arguments.variants:
         variants(arguments.only)
         return 0
-    rows = rows_of("ssd_scan", lambda: [measure(size, not arguments.ours) for size in list(SHAPES)[: arguments.only]])
+    rows = rows_of("ssd_scan", lambda: (measure(size, not arguments.ours) for size in list(SHAPES)[: arguments.only]))
     show(rows)
     failed = failures(rows) if arguments.check else []
     print("\n".join(failed))

@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: help setup quickstart test test-again test-all check format docs chaos benchmarks system-packages clean
+.PHONY: help setup quickstart test test-again test-all sanitize check format docs chaos benchmarks system-packages clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -32,6 +32,9 @@ test-again: setup  ## the tests that failed last time, one after another
 
 test-all: setup  ## every test this machine can run
 	$(PYTEST)
+
+sanitize: setup  ## a few cases of the CUDA kernels under compute-sanitizer, on a GPU
+	PYTHON=$(abspath $(BIN))/python tests/ops/sanitize.sh
 
 check: setup  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -29,20 +29,22 @@ SHORTEST_SEGMENT = 256  # steps; below that what segments cost outweighs what th
 @dataclass(frozen=True)
 class Tuning:
     """One way to run a kernel: channels a quad of lanes (with 16 states or fewer; less with more), warps that a multiprocessor holds,
-    block sizes to choose from in warps, how much a warp's channel costs, and every n-th decay on the FMA pipe (0: none)."""
+    block sizes to choose from in warps, how much a warp's channel costs, every n-th decay on the FMA pipe (0: none), and with how many states
+    at most registers suffice."""
 
     lane_channels: int
     resident: int
     warps: tuple[int, ...]
     cost: float = 1.0
     polynomial_every: int = 0
+    most_states: int = STATES[-1]
 
 
 # Measured on an H100 (docs/kernels.md) with 16-bit activations. Elsewhere PORTABLE is used: blocks that fit in 99 KiB of shared memory.
 HOPPER = {
     "scan_forward": (Tuning(2, 16, (4,), polynomial_every=8),),
     "scan_carry": (Tuning(2, 16, (4,)),),
-    "scan_backward": (Tuning(4, 8, (4, 8)), Tuning(2, 12, (12, 4), cost=1.15)),
+    "scan_backward": (Tuning(4, 8, (4, 8)), Tuning(2, 12, (12, 4), cost=1.15, most_states=16)),
 }
 PORTABLE = {
     "scan_forward": (Tuning(2, 8, (4,)),),
@@ -73,6 +75,8 @@ def shape(kernel: str, device: int, dtype: torch.dtype, batch: int, length: int,
     processors, hopper = properties.multi_processor_count, (properties.major, properties.minor) == (9, 0)
     best, best_cost = None, math.inf
     for tuned in (HOPPER if hopper and dtype != torch.float32 else PORTABLE)[kernel]:
+        if states > tuned.most_states:
+            continue
         per_quad = min(tuned.lane_channels, max(1, 64 // states))
         for warps in tuned.warps:
             blocks = -(-channels // (warps * 8 * per_quad))

@@ -139,6 +139,14 @@ def test_shapes_cover_all_channels_and_fit_on_the_device(h100, kernel, batch, ch
     assert behind.lane_channels % shape.lane_channels == 0  # a lane's channels share a twist
 
 
+def test_twelve_warps_share_a_multiprocessor_only_where_their_registers_suffice(h100):
+    def resident(states):
+        shape = kernels.shape("scan_backward", 0, torch.bfloat16, 16, 2048, 1536, states)
+        return shape.warps * shape.min_blocks
+
+    assert [resident(states) for states in kernels.STATES] == [12, 12, 8, 8]
+
+
 def test_length_is_cut_only_where_the_device_is_not_full(h100):
     def segments(batch, length):
         return kernels.shape("scan_forward", 0, torch.bfloat16, batch, length, 4096, 16).segments

@@ -73,6 +73,10 @@ struct BackwardBlock {
     BackwardWarp warps[WARPS];
 };
 
+#if __CUDA_ARCH__ == 900 && SCALAR_TYPE != 0 && STATES <= 32  // as tuned; PITCH takes the last byte of it with 16 states
+static_assert(MIN_BLOCKS * (sizeof(BackwardBlock) + 1024) <= 228 * 1024, "blocks that are to share a multiprocessor fit into its memory");
+#endif
+
 struct Backward {
     const BackwardParams& p;
     BackwardBlock& block;

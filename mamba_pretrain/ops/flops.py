@@ -51,6 +51,7 @@ for _module in (
     "cuda_conv",
     "selective_scan_reference",
     "ssd_scan_reference",
+    "triton_ssd",
 ):
     importlib.import_module(f"mamba_pretrain.ops.{_module}")  # defines the operators named below
 _ops = torch.ops.mamba_pretrain
@@ -67,12 +68,12 @@ def _(dy: Any, dfinal: Any, u: Any, delta: Any, A: Any, *args: Any, out_shape: A
 
 
 # Their last arguments are the chunk size and the two limits of dt.
-@register_flop_formula([_ops.ssd_scan_forward, _ops.c_ssd_forward])
+@register_flop_formula([_ops.ssd_scan_forward, _ops.c_ssd_forward, _ops.triton_ssd_forward])
 def _(x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return ssd_scan_flops(x[0] * x[1], x[1], args[-3], x[2], x[3], B[2], B[3])
 
 
-@register_flop_formula([_ops.ssd_scan_backward, _ops.c_ssd_backward])
+@register_flop_formula([_ops.ssd_scan_backward, _ops.c_ssd_backward, _ops.triton_ssd_backward])
 def _(dy: Any, dfinal: Any, x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * ssd_scan_flops(x[0] * x[1], x[1], args[-3], x[2], x[3], B[2], B[3])
 

@@ -35,6 +35,7 @@ PROVIDERS = (
     "ssd_step",
     "official",
     "triton_norm",
+    "triton_ssd",
     "triton_step",
     "cuda_scan",
     "cuda_conv",

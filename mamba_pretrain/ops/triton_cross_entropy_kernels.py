@@ -9,12 +9,14 @@ import triton.language as tl
 @triton.jit
 def softmax_gradient(
     logits_ptr, target_ptr, loss_ptr, stride, columns, valid, ignore_index,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: one pass for the logarithm of the sum of exponentials, one that replaces the logits by softmax - onehot.
 
     Columns from ``valid`` on take no part and get a zero gradient; a row whose target is ``ignore_index`` gets zero loss and gradient.
+    ``ALIGN`` divides ``stride`` and ``columns``: without saying so Triton would load and store number by number, not in vectors.
     """
+    stride, columns = stride // ALIGN * ALIGN, columns // ALIGN * ALIGN
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     target = tl.load(target_ptr + row)
@@ -26,8 +28,9 @@ def softmax_gradient(
     largest = tl.zeros((BLOCK,), tl.float32) + at_target
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, valid, BLOCK):
-        mask = start + within < valid
-        x = tl.load(logits_ptr + start + within, mask=mask, other=float("-inf")).to(tl.float32)
+        column = start + within
+        x = tl.load(logits_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+        x = tl.where(column < valid, x, float("-inf"))
         # One exponential an element: either the sum or what is added to it is scaled.
         scale = tl.exp(-tl.abs(x - largest))
         total = tl.where(x > largest, total * scale + 1.0, total + scale)

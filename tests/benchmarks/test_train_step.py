@@ -171,6 +171,13 @@ def test_one_setting_meets_speed_and_memory_together():
     assert train_step.check({"comparisons": [row(**{"ours": fast, "ours+x=1": small, "ours+x=2": both})]}) == []
 
 
+def test_a_setting_in_another_precision_is_shown_and_meets_no_bar():
+    assert train_step.check({"comparisons": [row(**{"ours": result(200), "ours+fp8=rowwise": result(300, losses=[10.0, 9.5])})]}) == [
+        "mamba1-1.4b: ours is 2.00x fla, under 2.4x",
+        "mamba1-1.4b: ours is 2.22x transformers, under 2.6x",
+    ]
+
+
 def test_an_implementation_left_out_is_not_beaten():
     without = row()
     del without["transformers"]

@@ -104,6 +104,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 metafunc.parametrize(fixture, cases.values(), ids=cases.keys())
 
 
+@pytest.fixture
+def ssd_cases() -> dict[str, ScanCase]:
+    """The table, for a test that needs some of it."""
+    return SSD_CASES
+
+
 def make_seq_idx(case: ScanCase, batch: int) -> Tensor | None:
     """(batch, length) int32, another draw for every row where it is random."""
     length = case.length

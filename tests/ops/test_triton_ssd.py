@@ -1,0 +1,241 @@
+"""Mamba-2's scan in Triton against the fp64 oracle: under Triton's interpreter on a CPU, and compiled on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mamba_pretrain.ops import registry, triton_ssd
+from mamba_pretrain.ops.ssd_scan import ssd_scan
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="runs in the subprocess that test_interpreted_on_cpu starts, with TRITON_INTERPRET=1"
+)
+# dA's share inside a chunk is a difference of sums, where steps of 25 stand beside steps of 1e-3: in fp32 that shows.
+FP32 = 1e-4
+SMALL = {"batch": 1, "heads": 3, "groups": 1, "tolerance": FP32}  # for the interpreter, which takes seconds
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SHAPES = [(64, 128), (32, 16), (64, 64), (128, 128), (64, 256), (128, 256), (20, 40)]  # channels a head, states
+
+
+def tolerance(dtype: torch.dtype) -> float | None:
+    return FP32 if dtype == torch.float32 else None
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Lets short sequences have many chunks, of two tiles, and groups several programs."""
+    monkeypatch.setattr(triton_ssd, "PORTABLE", replace(triton_ssd.PORTABLE, chunk=16, tile=16, tiles=2, heads=2))
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Lets even short sequences be cut."""
+    monkeypatch.setattr(triton_ssd, "SHORTEST_SEGMENT", 16)
+    monkeypatch.setattr(triton_ssd, "cores", lambda device: 1000)
+
+
+def operands(
+    batch: int, length: int, heads: int, width: int, groups: int, state: int, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    """Random inputs as a Mamba-2 mixer has them: x, B and C parts of one tensor, dt of another."""
+    torch.manual_seed(0)
+    sizes = [heads * width, groups * state, groups * state]
+    x, B, C = torch.randn(batch, length, sum(sizes), device=device).to(dtype).split(sizes, dim=-1)
+    dt = torch.randn(batch, length, heads + 8, device=device).to(dtype)[..., 8:] - 2
+    D, bias = torch.randn(2, heads, device=device)
+    B, C = (t.unflatten(-1, (groups, state)) for t in (B, C))
+    x = x.unflatten(-1, (heads, width))
+    return {"x": x, "dt": dt, "A": -8 * torch.rand(heads, device=device) - 0.1, "B": B, "C": C, "D": D, "dt_bias": 0.3 * bias}
+
+
+def outcome(arguments: dict[str, Tensor], seq_idx: Tensor | None = None) -> list[Tensor]:
+    """Outputs and gradients of every input through the kernels."""
+    inputs = {k: t.detach().requires_grad_() for k, t in arguments.items()}
+    with registry.using(ssd_scan="triton"):
+        y, final = ssd_scan(**inputs, seq_idx=seq_idx, return_final_state=True)
+    generator = torch.Generator(y.device).manual_seed(1)
+    upstream = [torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype) for t in (y, final)]
+    return [y, final, *torch.autograd.grad([y, final], list(inputs.values()), upstream)]
+
+
+def isolation(check, device: str, dtype: torch.dtype, start: int, sizes: tuple[int, ...]) -> None:
+    inputs = operands(2, 100, *sizes, dtype, "cpu")
+    shared = {name: inputs.pop(name).to(device) for name in ("A", "D", "dt_bias")}
+    with registry.using(ssd_scan="triton"):
+        check(ssd_scan, {k: t.float() if device == "cpu" else t for k, t in inputs.items()}, shared, start, device=device)
+
+
+def test_what_cannot_be_served_is_said_in_words(monkeypatch):
+    arguments = operands(1, 4, 2, 8, 1, 4, torch.float32, "cpu")
+    if not INTERPRETED:
+        assert "needs a CUDA device" in triton_ssd.unsupported(registry.Request(arguments))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "at most 128 channels a head and 256 states, not 8 and 257" in triton_ssd.unsupported(
+        registry.Request({**arguments, "B": torch.zeros(1, 4, 1, 257)})
+    )
+    assert "no products in bf16" in triton_ssd.unsupported(registry.Request({**arguments, "x": arguments["x"].bfloat16()}))
+    assert triton_ssd.unsupported(registry.Request(arguments)) is None
+    wide = {"x": torch.zeros(1, 4, 2, 128), "B": torch.zeros(1, 4, 1, 256)}
+    assert "fit in 65536 bytes, not 131072" in triton_ssd.unsupported(registry.Request({**arguments, **wide}))
+
+
+def test_tracing_knows_the_shapes():
+    arguments = operands(2, 5, 4, 8, 2, 4, torch.bfloat16, "meta")
+    documents = torch.zeros(2, 5, dtype=torch.int32, device="meta")
+    tensors = [arguments[k] for k in ("x", "dt", "A", "B", "C", "D")]
+    options = (64, 0.0, float("inf"))
+    y, final, kept = triton_ssd.forward(*tensors, None, arguments["dt_bias"], documents, None, *options)
+    assert (y.shape, y.dtype, final.shape, kept.numel()) == ((2, 5, 4, 8), torch.bfloat16, (2, 4, 8, 4), 0)
+    found = triton_ssd.backward(y, None, *tensors, None, arguments["dt_bias"], documents, kept, *options)
+    expected = [*tensors, None, arguments["dt_bias"], final]
+    for gradient, of in zip(found, expected, strict=True):
+        assert of is None or (gradient.shape == of.shape and gradient.dtype == of.dtype and gradient.is_contiguous())
+
+
+# -- under the interpreter --------------------------------------------------------------------------------------------------------------------
+
+
+QUICK = ["over-a-chunk", "starts-beside-chunk-edges", "only-what-is-required", "steps-of-all-sizes", "limited-steps"]
+
+
+@interpreted
+@pytest.mark.parametrize("name", QUICK)
+def test_quick_cases_in_the_interpreter(ssd_cases, check_ssd_scan, small_tiles, name):
+    check_ssd_scan(ssd_cases[name], "triton", **SMALL)
+
+
+@interpreted
+def test_all_cases_in_the_interpreter(short_ssd_scan_case, check_ssd_scan, small_tiles):
+    check_ssd_scan(short_ssd_scan_case, "triton", **SMALL)
+
+
+@interpreted
+def test_halves_groups_and_single_tiles_in_the_interpreter(ssd_cases, check_ssd_scan, monkeypatch):
+    monkeypatch.setattr(triton_ssd, "PORTABLE", replace(triton_ssd.PORTABLE, chunk=32, tile=16, tiles=1, heads=1))
+    check_ssd_scan(ssd_cases["starts-beside-chunk-edges"], "triton", dtype=torch.float16, batch=1, heads=4, groups=2)
+
+
+@interpreted
+@pytest.mark.parametrize(("headdim", "state"), [(20, 40), (40, 130)])
+def test_widths_in_the_interpreter(ssd_cases, check_ssd_scan, headdim, state):
+    check_ssd_scan(ssd_cases["over-a-chunk"], "triton", headdim=headdim, state=state, **SMALL)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["over-64", "no-initial-state"])
+def test_segments_in_the_interpreter(ssd_cases, check_ssd_scan, small_tiles, short_segments, name):
+    check_ssd_scan(ssd_cases[name], "triton", **SMALL)
+
+
+@interpreted
+@pytest.mark.parametrize("start", [16, 33])
+def test_documents_are_isolated_to_the_bit_in_the_interpreter(start, check_isolation, small_tiles):
+    isolation(check_isolation, "cpu", torch.float32, start, (2, 4, 1, 5))
+
+
+@interpreted
+def test_strided_inputs_equal_contiguous_ones_in_the_interpreter(small_tiles):
+    arguments = operands(2, 40, 2, 8, 1, 4, torch.float32, "cpu")
+    assert not arguments["x"].is_contiguous()
+    for a, b in zip(outcome(arguments), outcome({k: t.contiguous() for k, t in arguments.items()}), strict=True):
+        assert torch.equal(a, b)
+
+
+def interpret(tests: str) -> None:
+    """Runs tests of this file in a process of their own: the interpreter must be chosen before triton is first imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "passed" in result.stdout
+
+
+NOT_HERE = INTERPRETED or importlib.util.find_spec("triton") is None
+starts_interpreter = pytest.mark.skipif(NOT_HERE, reason="triton is not installed, or this is the subprocess")
+
+
+@starts_interpreter
+def test_interpreted_on_cpu():
+    interpret("in_the_interpreter and not all_cases")
+
+
+@pytest.mark.slow
+@starts_interpreter
+def test_all_cases_interpreted_on_cpu():
+    interpret("all_cases_in_the_interpreter")
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cases(ssd_scan_case, check_ssd_scan, dtype):
+    check_ssd_scan(ssd_scan_case, "triton", device="cuda", dtype=dtype, headdim=64, state=128, tolerance=tolerance(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("headdim", "state"), SHAPES)
+def test_widths(ssd_cases, check_ssd_scan, headdim, state, dtype):
+    if headdim * state * dtype.itemsize > triton_ssd.MAX_STATE_BYTES:
+        pytest.skip("refused")
+    for name in ("starts-beside-chunk-edges", "odd-length", "large-chunks"):
+        check_ssd_scan(ssd_cases[name], "triton", device="cuda", dtype=dtype, headdim=headdim, state=state, tolerance=tolerance(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_tilings(short_ssd_scan_case, check_ssd_scan, monkeypatch, tiles):
+    for table in ("HOPPER", "PORTABLE"):
+        monkeypatch.setattr(triton_ssd, table, replace(getattr(triton_ssd, table), tiles=tiles, heads=2))
+    check_ssd_scan(short_ssd_scan_case, "triton", device="cuda", dtype=torch.bfloat16, batch=3, heads=10, headdim=64, groups=2, state=128)
+
+
+@pytest.mark.gpu
+def test_segments(ssd_scan_case, check_ssd_scan, short_segments):
+    check_ssd_scan(ssd_scan_case, "triton", device="cuda", dtype=torch.bfloat16, headdim=64, state=128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("start", [1, 64, 65, 99])
+def test_documents_are_isolated_to_the_bit(start, dtype, check_isolation):
+    isolation(check_isolation, "cuda", dtype, start, (4, 64, 2, 128))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_are_equal_to_the_bit(dtype):
+    arguments = operands(3, 1500, 8, 64, 2, 128, dtype, "cuda")
+    seq_idx = (torch.rand(3, 1500, device="cuda") < 0.02).int().cumsum(1).int()
+    for a, b in zip(outcome(arguments, seq_idx), outcome(arguments, seq_idx), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_strided_inputs_equal_contiguous_ones():
+    arguments = operands(2, 300, 8, 64, 1, 128, torch.bfloat16, "cuda")
+    assert not arguments["x"].is_contiguous()
+    for a, b in zip(outcome(arguments), outcome({k: t.contiguous() for k, t in arguments.items()}), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_rows_far_apart():
+    length, row = 300, 10_000_000  # offsets past 2^31
+    wide = torch.empty(length * row, dtype=torch.bfloat16, device="cuda")
+    x = wide.as_strided((1, length, 2, 64), (length * row, row, 64, 1))
+    arguments = operands(1, length, 2, 64, 1, 128, torch.bfloat16, "cuda")
+    x.copy_(arguments["x"])
+    for a, b in zip(outcome({**arguments, "x": x}), outcome(arguments), strict=True):
+        assert torch.equal(a, b)

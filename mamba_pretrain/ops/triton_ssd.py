@@ -24,14 +24,16 @@ SHORTEST_SEGMENT = 1024  # steps
 
 @dataclass(frozen=True)
 class Launch:
-    """Warps of a program and stages of its loop."""
+    """Warps of a program, stages of its loop, and most registers of a thread (0: as many as there are)."""
 
     warps: int
     stages: int
+    registers: int = 0
 
     def options(self) -> dict[str, int]:
         """As Triton takes them."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**options, "maxnreg": self.registers} if self.registers else options
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Tuning:
 # For compute capability 9.0 and 16-bit activations of up to 64 channels a head and 128 states; not measured yet.
 HOPPER = Tuning(
     chunk=64, tile=64, tiles=2, heads=16, state_block=8192, keep=True,
-    forward=Launch(4, 2), states=Launch(4, 2), inside=Launch(4, 2), edges=Launch(4, 2),
+    forward=Launch(4, 2), states=Launch(8, 2, 128), inside=Launch(4, 2), edges=Launch(8, 2, 128),
 )  # fmt: skip
 # Everywhere else: fits in 99 KiB of shared memory, tuned for nothing.
 PORTABLE = Tuning(

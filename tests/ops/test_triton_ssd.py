@@ -90,12 +90,12 @@ def test_what_cannot_be_served_is_said_in_words(monkeypatch):
 
 def test_tracing_knows_the_shapes():
     arguments = operands(2, 5, 4, 8, 2, 4, torch.bfloat16, "meta")
-    documents = torch.zeros(2, 5, dtype=torch.int32, device="meta")
+    bounds = torch.zeros(2, 2, 5, dtype=torch.int32, device="meta")
     tensors = [arguments[k] for k in ("x", "dt", "A", "B", "C", "D")]
     options = (64, 0.0, float("inf"))
-    y, final, kept = triton_ssd.forward(*tensors, None, arguments["dt_bias"], documents, None, *options)
+    y, final, kept = triton_ssd.forward(*tensors, None, arguments["dt_bias"], bounds, None, *options)
     assert (y.shape, y.dtype, final.shape, kept.numel()) == ((2, 5, 4, 8), torch.bfloat16, (2, 4, 8, 4), 0)
-    found = triton_ssd.backward(y, None, *tensors, None, arguments["dt_bias"], documents, kept, *options)
+    found = triton_ssd.backward(y, None, *tensors, None, arguments["dt_bias"], bounds, kept, *options)
     expected = [*tensors, None, arguments["dt_bias"], final]
     for gradient, of in zip(found, expected, strict=True):
         assert of is None or (gradient.shape == of.shape and gradient.dtype == of.dtype and gradient.is_contiguous())

@@ -92,6 +92,19 @@ DEVICE void store(scalar_t* p, const float (&v)[K]) {
 }
 #endif
 
+// Floats as they are stored, in words.
+template <int K, int WORDS>
+DEVICE void to_words(const float (&v)[K], unsigned (&w)[WORDS]) {
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+#if SCALAR_TYPE == 0
+        w[i] = __float_as_uint(v[i]);
+#else
+        w[i] = pack(v[2 * i], v[2 * i + 1]);
+#endif
+    }
+}
+
 // -- math ---------------------------------------------------------------------------------------------------------------
 
 // 2^x on the FMA pipe, for x <= 0: relieves the special-function unit, which gives 16 results a clock where the FMA pipe gives 128.
@@ -163,45 +176,21 @@ DEVICE void copy_tile(scalar_t* tile, const Rows& from, int batch, int step, int
     }
 }
 
-// -- sums over the four lanes of a quad, by shuffles ----------------------------------------------------------------------
+// -- sums over the four lanes of a quad -----------------------------------------------------------------------------------
 
 // Adds two lanes' values where one of them wants the sums of `lower`, the other (whose `bit` is set) those of `upper`: each sends what the other keeps.
-DEVICE void quad_exchange(float (&kept)[4], const float (&lower)[4], const float (&upper)[4], int bit) {
+template <int K>
+DEVICE void quad_exchange(float (&kept)[K], const float (&lower)[K], const float (&upper)[K], int bit) {
     const bool up = threadIdx.x & bit;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) kept[i] = (up ? upper[i] : lower[i]) + __shfl_xor_sync(FULL_WARP, up ? lower[i] : upper[i], bit);
+    for (int i = 0; i < K; ++i) kept[i] = (up ? upper[i] : lower[i]) + __shfl_xor_sync(FULL_WARP, up ? lower[i] : upper[i], bit);
 }
 
-// Sums over the quad of four times four values; lane number r of the quad receives the sums of values[r]. Exact, and of a fixed order.
-DEVICE void quad_sums(float (&sums)[4], const float (&values)[4][4]) {
-    float first[4], second[4];
+// Sums over the quad of four times K values; lane number r of the quad receives the sums of values[r]. Exact, and of a fixed order.
+template <int K>
+DEVICE void quad_sums(float (&sums)[K], const float (&values)[4][K]) {
+    float first[K], second[K];
     quad_exchange(first, values[0], values[1], 1);
     quad_exchange(second, values[2], values[3], 1);
     quad_exchange(sums, first, second, 2);
-}
-
-// -- sums over the four lanes of a quad, on the tensor cores --------------------------------------------------------------
-
-// Sums each of four values over the quad (lanes 4q .. 4q+3); the sums go to `sum` of the quad's lane number `receiver`, all other
-// lanes keep theirs. Four calls, one a receiver, transpose and reduce 16 values with four matrix instructions and no shuffle:
-// the values are the matrix A (row = quad, k = lane in quad), B has ones in the two columns that the receiver holds of the result.
-// Values are rounded to tf32 (11 bits) for 16-bit outputs; for fp32 their remainder is added too.
-DEVICE void quad_sum(float (&sum)[4], const float (&v)[4], int receiver) {
-    const int quad = (threadIdx.x & 31) >> 2;
-    const unsigned one = __float_as_uint(1.f);
-    const unsigned b0 = quad == 2 * receiver ? one : 0u, b1 = quad == 2 * receiver + 1 ? one : 0u;
-    unsigned a[4];
-#if SCALAR_TYPE == 1
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = __float_as_uint(v[i]) + 0x1000u;  // to nearest: the hardware drops the low 13 bits
-#else
-    unsigned rest[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        a[i] = __float_as_uint(v[i]) & 0xffffe000u;
-        rest[i] = __float_as_uint(v[i] - __uint_as_float(a[i]));
-    }
-    mma_tf32(sum, rest[0], rest[2], rest[1], rest[3], b0, b1);
-#endif
-    mma_tf32(sum, a[0], a[2], a[1], a[3], b0, b1);
 }

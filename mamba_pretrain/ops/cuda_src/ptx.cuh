@@ -68,12 +68,17 @@ DEVICE void copy_async(void* shared, const void* global, bool inside = true) {
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
-// -- tensor cores ---------------------------------------------------------------------------------------------------------
+// -- stores without a branch ----------------------------------------------------------------------------------------------
 
-// sum += A B with A 16 x 8, B 8 x 8, sum 16 x 8, spread over a warp as PTX lays down; inputs are tf32 (the low 13 bits are dropped).
-DEVICE void mma_tf32(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    // D and C apart, so that sums which begin at zero need no register for it.
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-        : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(sum[0]), "f"(sum[1]), "f"(sum[2]), "f"(sum[3]));
+// Writes 1, 2 or 4 words if `yes`: a predicate, which leaves the code around it in one piece.
+template <int WORDS>
+DEVICE void store_if(bool yes, void* p, const unsigned (&w)[WORDS]) {
+    if constexpr (WORDS == 1) {
+        asm volatile("{.reg .pred q; setp.ne.u32 q, %0, 0; @q st.global.b32 [%1], %2;}" ::"r"(unsigned(yes)), "l"(p), "r"(w[0]) : "memory");
+    } else if constexpr (WORDS == 2) {
+        asm volatile("{.reg .pred q; setp.ne.u32 q, %0, 0; @q st.global.v2.b32 [%1], {%2, %3};}" ::"r"(unsigned(yes)), "l"(p), "r"(w[0]), "r"(w[1]) : "memory");
+    } else {
+        asm volatile("{.reg .pred q; setp.ne.u32 q, %0, 0; @q st.global.v4.b32 [%1], {%2, %3, %4, %5};}" ::"r"(unsigned(yes)), "l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                     : "memory");
+    }
 }

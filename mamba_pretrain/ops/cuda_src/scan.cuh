@@ -16,8 +16,6 @@ constexpr int CPT = LANE_CHANNELS;
 constexpr int WARP_CHANNELS = QUADS * CPT;
 constexpr int BLOCK_CHANNELS = WARPS * WARP_CHANNELS;
 constexpr int THREADS = WARPS * 32;
-constexpr int GROUP = 16 / CPT;          // steps whose 16 results a quad sums together
-constexpr int STEPS_A_LANE = 4 / CPT;    // of which each lane ends up with this many, for all CPT channels
 constexpr int LANES_A_ROW = WARP_CHANNELS / 4;  // lanes that turn one step of a warp's activations into floats, four channels each
 constexpr int PASSES = TILE * LANES_A_ROW / 32;  // such steps a lane takes
 
@@ -158,13 +156,15 @@ DEVICE void load_channels(const float* values, int first, int channels, float (&
     for (int i = 0; i < K; ++i) v[i] = values != nullptr && first + i < channels ? values[first + i] : 0.f;
 }
 
-// CPT channels of one row of a result.
-DEVICE void store_row(scalar_t* row, int first, int channels, const float (&v)[CPT]) {
-#if VECTOR_IO
-    if (first < channels) store<CPT>(row + first, v);
+// CPT channels of one row of a result, if it is `inside` the sequence.
+DEVICE void store_row(scalar_t* row, int first, int channels, const float (&v)[CPT], bool inside) {
+#if VECTOR_IO && (SCALAR_TYPE == 0 || LANE_CHANNELS > 1)
+    unsigned words[CPT * sizeof(scalar_t) / 4];
+    to_words(v, words);
+    store_if(inside && first < channels, row + first, words);
 #else
 #pragma unroll
     for (int c = 0; c < CPT; ++c)
-        if (first + c < channels) row[first + c] = from_float(v[c]);
+        if (inside && first + c < channels) row[first + c] = from_float(v[c]);
 #endif
 }

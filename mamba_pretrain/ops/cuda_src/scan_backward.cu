@@ -8,8 +8,8 @@
 //   1. activations become floats in shared memory; each warp for its own channels, B and C for the whole block;
 //   2. the states before each SUB steps are rebuilt and set aside in shared memory;
 //   3. from the last SUB steps to the first: decays and states in registers, C . state and dC on the way forward, the adjoint
-//      recurrence and everything else on the way back. Sums over a channel's states run on the tensor cores (quad_sum) and leave
-//      each lane with whole steps, which it finishes and stores in vectors;
+//      recurrence and everything else on the way back. Sums over a channel's states are exact, by shuffles, which
+//      leave each lane with one whole step to finish and to store in vectors;
 //   4. sums over channels (dB, dC) are exchanged between lanes, collected per block, and added over blocks by scan_reduce.
 //
 // No atomics: every sum has a fixed order. The states of a lane are permuted by its quad number (slot n holds state n ^ twist), so
@@ -20,7 +20,11 @@ constexpr int SUB = 4;                           // steps whose decays and state
 constexpr int SUBS = TILE / SUB;
 constexpr int KEPT = NPT / TWISTS;               // sums of a lane that are left after the exchanges without choice
 constexpr int STATE_VECTORS = CPT * NPT / VECTOR;
-static_assert(SUB % STEPS_A_LANE == 0, "a lane finishes whole steps of one group");
+static_assert(SUB == QUAD, "each lane of a quad finishes one step");
+
+// The time step where a document begins is scaled by a power of two, which the end of its computation takes back: any decay underflows.
+constexpr float START_SCALE = 0x1p100f, START_LEAST = 0x1p-26f, START_MOST = 0x1p27f;
+static_assert(START_SCALE * START_LEAST * -LARGEST_A > 150.f, "exp2 of it is exactly 0");
 
 struct BackwardParams {
     Rows u, delta, z, B, C, dout;
@@ -41,16 +45,22 @@ struct BackwardParams {
 struct BackwardWarp {  // a warp's shared memory
     scalar_t u[2][TILE][WARP_CHANNELS];
     scalar_t delta[2][TILE][WARP_CHANNELS];
-    scalar_t dout[2][TILE][WARP_CHANNELS];
 #if HAS_Z
-    scalar_t z[2][TILE][WARP_CHANNELS];
+    scalar_t gated[2][2][TILE][WARP_CHANNELS];  // dout and z; once these have been used dout times the gate's slope, in floats
+    DEVICE scalar_t (*dout(int stage))[WARP_CHANNELS] { return gated[stage][0]; }
+    DEVICE scalar_t (*z(int stage))[WARP_CHANNELS] { return gated[stage][1]; }
+    DEVICE float (*dgate(int stage))[WARP_CHANNELS] { return reinterpret_cast<float(*)[WARP_CHANNELS]>(gated[stage]); }
+#else
+    scalar_t douts[2][TILE][WARP_CHANNELS];
+    DEVICE scalar_t (*dout(int stage))[WARP_CHANNELS] { return douts[stage]; }
 #endif
     float time_step[TILE][WARP_CHANNELS];
     float input[TILE][WARP_CHANNELS];
     float dy[TILE][WARP_CHANNELS];
     float dBC[2][TILE][STATES];
     float states[SUBS][STATE_VECTORS][32][VECTOR];  // before each SUB steps, one lane's side by side
-    float sums[2][32][CPT];                         // of dD and dbias, a lane's share
+    float dD[32][4];                                // a lane's share: of the channels that it turns into floats,
+    float dbias[32][CPT];                           // and of those that it finishes
     float D[WARP_CHANNELS];
     float bias[WARP_CHANNELS];
 };
@@ -77,9 +87,9 @@ struct Backward {
         const int rows = end - start, cols = p.channels - channel0;
         copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.u[stage][0], p.u, batch, start, channel0, rows, cols, lane);
         copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.delta[stage][0], p.delta, batch, start, channel0, rows, cols, lane);
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.dout[stage][0], p.dout, batch, start, channel0, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.dout(stage)[0], p.dout, batch, start, channel0, rows, cols, lane);
 #if HAS_Z
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z[stage][0], p.z, batch, start, channel0, rows, cols, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z(stage)[0], p.z, batch, start, channel0, rows, cols, lane);
 #endif
         copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0], p.B, batch, start, 0, rows, STATES, threadIdx.x);
         copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0] + STATES, p.C, batch, start, 0, rows, STATES, threadIdx.x);
@@ -119,21 +129,50 @@ struct Backward {
         }
     }
 
+    // delta as the recurrence sees it: scaled where a document begins, so that the decay underflows, and 0 (nothing happens) past the end.
+    DEVICE void mark(float (&delta)[PASSES][4], unsigned starts, int valid) const {
+        if (starts == 0 && valid >= TILE) return;
+        const Conversion lanes{lane};
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (starts >> lanes.step(pass) & 1u) delta[pass][i] = fminf(fmaxf(delta[pass][i], START_LEAST), START_MOST) * START_SCALE;
+                if (lanes.step(pass) >= valid) delta[pass][i] = 0.f;
+            }
+    }
+
     DEVICE void prepare(int stage, unsigned starts, int valid) const {
         const Conversion lanes{lane};
         float bias[4], delta[PASSES][4], u[PASSES][4], dy[PASSES][4];
         load<4>(&tile.bias[lanes.channel()], bias);
         lanes.load(tile.delta[stage], delta);
         lanes.load(tile.u[stage], u);
-        lanes.load(tile.dout[stage], dy);
+        lanes.load(tile.dout(stage), dy);
 #if HAS_Z
         float z[PASSES][4];
-        lanes.load(tile.z[stage], z);
-        lanes.gate(dy, z);
+        lanes.load(tile.z(stage), z);
+        __syncwarp();  // all lanes have read what dgate takes the place of
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float gate = sigmoid(z[pass][i]), silu = z[pass][i] * gate;
+                z[pass][i] = dy[pass][i] * fmaf(silu, 1.f - gate, gate);
+                dy[pass][i] *= silu;
+            }
+        lanes.store(tile.dgate(stage), z);
 #endif
+        float dD[4];
+        load<4>(tile.dD[lane], dD);
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) dD[i] = fmaf(dy[pass][i], u[pass][i], dD[i]);
+        store<4>(tile.dD[lane], dD);
         lanes.softplus(delta, bias);
         lanes.multiply(u, delta);
-        lanes.mark(delta, starts, valid);
+        mark(delta, starts, valid);
         lanes.store(tile.time_step, delta);
         lanes.store(tile.input, u);
         lanes.store(tile.dy, dy);
@@ -187,64 +226,49 @@ struct Backward {
         }
     }
 
-    // The steps that a lane received from the quad sums of a group: du, d delta, dz, and the lane's share of dD and dbias.
-    DEVICE void finish(int stage, int start, int group, int valid, const float (&y)[4], const float (&dinput)[4], const float (&dlog)[4]) const {
-        const int channel = own();
-        float D[CPT], dD[CPT], dbias[CPT];
+    // The step that a lane received from the quad sums: du, d delta, dz, and the lane's share of dbias. No branches, so that what comes
+    // before and behind mixes with it.
+    DEVICE void finish(int stage, int start, int sub, int valid, const float (&y)[CPT], const float (&dinput)[CPT], const float (&dlog)[CPT]) const {
+        const int channel = own(), step = sub * SUB + part();
+        float D[CPT], dbias[CPT], u[CPT], delta[CPT], dy[CPT], du[CPT], ddelta[CPT];
         load<CPT>(&tile.D[channel], D);
-        load<CPT>(tile.sums[0][lane], dD);
-        load<CPT>(tile.sums[1][lane], dbias);
-#pragma unroll
-        for (int r = 0; r < STEPS_A_LANE; ++r) {
-            const int step = group + part() * STEPS_A_LANE + r;
-            float u[CPT], delta[CPT], dy[CPT], du[CPT], ddelta[CPT];
-            load<CPT>(&tile.u[stage][step][channel], u);
-            load<CPT>(&tile.time_step[step][channel], delta);
-            load<CPT>(&tile.dy[step][channel], dy);
+        load<CPT>(tile.dbias[lane], dbias);
+        load<CPT>(&tile.u[stage][step][channel], u);
+        load<CPT>(&tile.time_step[step][channel], delta);
+        load<CPT>(&tile.dy[step][channel], dy);
 #if HAS_Z
-            float z[CPT], dout[CPT], dz[CPT];
-            load<CPT>(&tile.z[stage][step][channel], z);
-            load<CPT>(&tile.dout[stage][step][channel], dout);
+        float dz[CPT];
+        load<CPT>(&tile.dgate(stage)[step][channel], dz);
 #endif
 #if HAS_SEQ
-            if (delta[0] == RESET) {
-                float bias[CPT];
-                load<CPT>(&tile.bias[channel], bias);
-                load<CPT>(&tile.delta[stage][step][channel], delta);
+        const bool starts = delta[0] >= START_SCALE * START_LEAST;
 #pragma unroll
-                for (int c = 0; c < CPT; ++c) delta[c] = softplus(delta[c] + bias[c]);
-            }
+        for (int c = 0; c < CPT; ++c) delta[c] = starts ? delta[c] * (1.f / START_SCALE) : delta[c];
 #endif
 #pragma unroll
-            for (int c = 0; c < CPT; ++c) {
-                const int i = r * CPT + c;
-                du[c] = fmaf(dinput[i], delta[c], D[c] * dy[c]);
-                ddelta[c] = fmaf(dinput[i], u[c], dlog[i] * LN2) * softplus_slope(delta[c]);
-                dD[c] = fmaf(dy[c], u[c], dD[c]);
-                dbias[c] += ddelta[c];
+        for (int c = 0; c < CPT; ++c) {
+            du[c] = fmaf(dinput[c], delta[c], D[c] * dy[c]);
+            ddelta[c] = fmaf(dinput[c], u[c], dlog[c] * LN2) * softplus_slope(delta[c]);
+            dbias[c] += ddelta[c];
 #if HAS_Z
-                const float gate = sigmoid(z[c]);
-                dz[c] = dout[c] * fmaf(D[c], u[c], y[i]) * gate * fmaf(z[c], 1.f - gate, 1.f);
+            dz[c] *= fmaf(D[c], u[c], y[c]);
 #endif
-            }
-            if (step < valid) {
-                const int first = channel0 + channel;
-                const offset_t row = (offset_t(batch) * p.length + start + step) * p.channels;
-                store_row(p.du + row, first, p.channels, du);
-                store_row(p.ddelta + row, first, p.channels, ddelta);
-#if HAS_Z
-                store_row(p.dz + row, first, p.channels, dz);
-#endif
-            }
         }
-        store<CPT>(tile.sums[0][lane], dD);
-        store<CPT>(tile.sums[1][lane], dbias);
+        const int first = channel0 + channel;
+        const offset_t row = (offset_t(batch) * p.length + start + step) * p.channels;
+        store_row(p.du + row, first, p.channels, du, step < valid);
+        store_row(p.ddelta + row, first, p.channels, ddelta, step < valid);
+#if HAS_Z
+        store_row(p.dz + row, first, p.channels, dz, step < valid);
+#endif
+        store<CPT>(tile.dbias[lane], dbias);
     }
 
     DEVICE void begin_channels() const {
-        const float zero[CPT] = {};
-        store<CPT>(tile.sums[0][lane], zero);
-        store<CPT>(tile.sums[1][lane], zero);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) tile.dD[lane][i] = 0.f;
+#pragma unroll
+        for (int c = 0; c < CPT; ++c) tile.dbias[lane][c] = 0.f;
         for (int c = lane; c < WARP_CHANNELS; c += 32) {
             const bool inside = channel0 + c < p.channels;
             tile.D[c] = p.D != nullptr && inside ? p.D[channel0 + c] : 0.f;
@@ -252,23 +276,29 @@ struct Backward {
         }
     }
 
-    // dD and dbias: the lanes of a quad finished different steps of the same channels.
+    // dD and dbias: lanes that share channels hold sums over different steps.
     DEVICE void end_channels(offset_t row) const {
 #pragma unroll
-        for (int which = 0; which < 2; ++which)
+        for (int c = 0; c < CPT; ++c) {
+            float sum = tile.dbias[lane][c];
+            sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+            sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+            const int channel = channel0 + own() + c;
+            if (part() == 0 && channel < p.channels) p.dbias[row * p.channels + channel] = sum;
+        }
 #pragma unroll
-            for (int c = 0; c < CPT; ++c) {
-                float sum = tile.sums[which][lane][c];
-                sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-                sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-                const int channel = channel0 + own() + c;
-                if (part() == 0 && channel < p.channels) (which ? p.dbias : p.dD)[row * p.channels + channel] = sum;
-            }
+        for (int i = 0; i < 4; ++i) {
+            float sum = tile.dD[lane][i];
+#pragma unroll
+            for (int mask = LANES_A_ROW; mask < 32; mask *= 2) sum += __shfl_xor_sync(FULL_WARP, sum, mask);
+            const int channel = channel0 + lane * 4 + i;
+            if (lane < LANES_A_ROW && channel < p.channels) p.dD[row * p.channels + channel] = sum;
+        }
     }
 
     // Forward over SUB steps: decays, states (h[i] before step i) and what they alone give, C . state and dC.
-    DEVICE void ahead(int sub, const float (&rate)[CPT][NPT], float (&a)[SUB][CPT][NPT], float (&h)[SUB + 1][CPT][NPT], float (&y)[4]) const {
-        float parts[4], even[KEPT], odd[KEPT];
+    DEVICE void ahead(int sub, const float (&rate)[CPT][NPT], float (&a)[SUB][CPT][NPT], float (&h)[SUB + 1][CPT][NPT], float (&y)[CPT]) const {
+        float parts[SUB][CPT], even[KEPT], odd[KEPT];
         load_state(sub, h[0]);
         unrolled<SUB>([&](auto i_) {
             constexpr int i = decltype(i_)::value;
@@ -289,9 +319,9 @@ struct Backward {
                     sum = fmaf(C[n], h[i + 1][c][n], sum);
                     dC[n] = fmaf(dy[c], h[i + 1][c][n], dC[n]);
                 });
-                parts[i % STEPS_A_LANE * CPT + c] = sum;
+                parts[i][c] = sum;
             });
-            if constexpr (HAS_Z && i % STEPS_A_LANE == STEPS_A_LANE - 1) quad_sum(y, parts, step % GROUP / STEPS_A_LANE);
+            if constexpr (HAS_Z && i == SUB - 1) quad_sums(y, parts);
             exchange(dC, i % 2 ? odd : even);
             if constexpr (i % 2) collect(tile.dBC[1], step - 1, even, odd);
         });
@@ -299,8 +329,8 @@ struct Backward {
 
     // Back over SUB steps: the adjoint g, and everything that needs it.
     DEVICE void back(int sub, const float (&rate)[CPT][NPT], const float (&a)[SUB][CPT][NPT], const float (&h)[SUB + 1][CPT][NPT], float (&g)[CPT][NPT],
-                     float (&dA)[CPT][NPT], float (&dinput)[4], float (&dlog)[4]) const {
-        float parts[4], log_parts[4], even[KEPT], odd[KEPT];
+                     float (&dA)[CPT][NPT], float (&dinput)[CPT], float (&dlog)[CPT]) const {
+        float parts[SUB][CPT], log_parts[SUB][CPT], even[KEPT], odd[KEPT];
         unrolled<SUB>([&](auto i_) {
             constexpr int i = SUB - 1 - decltype(i_)::value;
             const int step = sub * SUB + i;
@@ -323,12 +353,12 @@ struct Backward {
                     log_sum = fmaf(dexponent, rate[c][n], log_sum);
                     dA[c][n] = fmaf(dexponent, delta[c], dA[c][n]);
                 });
-                parts[i % STEPS_A_LANE * CPT + c] = sum;
-                log_parts[i % STEPS_A_LANE * CPT + c] = log_sum;
+                parts[i][c] = sum;
+                log_parts[i][c] = log_sum;
             });
-            if constexpr (i % STEPS_A_LANE == 0) {
-                quad_sum(dinput, parts, step % GROUP / STEPS_A_LANE);
-                quad_sum(dlog, log_parts, step % GROUP / STEPS_A_LANE);
+            if constexpr (i == 0) {
+                quad_sums(dinput, parts);
+                quad_sums(dlog, log_parts);
             }
             exchange(dB, i % 2 ? odd : even);
             if constexpr (i % 2 == 0) collect(tile.dBC[0], step, even, odd);
@@ -401,16 +431,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
         __syncthreads();
         scan.rebuild(rate);
 #pragma unroll 1
-        for (int group = TILE - GROUP; group >= 0; group -= GROUP) {
-            float y[4] = {0.f, 0.f, 0.f, 0.f}, dinput[4] = {0.f, 0.f, 0.f, 0.f}, dlog[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 1
-            for (int first = group + GROUP - SUB; first >= group; first -= SUB) {
-                float a[SUB][CPT][NPT], h[SUB + 1][CPT][NPT];
-                scan.ahead(first / SUB, rate, a, h, y);
-                if (first == 0 && start > begin) scan.issue_checkpoint(start - TILE);
-                scan.back(first / SUB, rate, a, h, g, dA, dinput, dlog);
-            }
-            scan.finish(stage, start, group, valid, y, dinput, dlog);
+        for (int sub = SUBS - 1; sub >= 0; --sub) {
+            float a[SUB][CPT][NPT], h[SUB + 1][CPT][NPT], y[CPT], dinput[CPT], dlog[CPT];
+            scan.ahead(sub, rate, a, h, y);
+            if (sub == 0 && start > begin) scan.issue_checkpoint(start - TILE);
+            scan.back(sub, rate, a, h, g, dA, dinput, dlog);
+            scan.finish(stage, start, sub, valid, y, dinput, dlog);
         }
     }
     __syncthreads();

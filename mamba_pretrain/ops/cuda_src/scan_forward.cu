@@ -7,11 +7,13 @@
 //      B and C for the whole block, a tile ahead, so that one barrier a tile is enough. That barrier also keeps the warps of a
 //      multiprocessor abreast: left alone, some would finish early and leave the others without company to hide latency;
 //   2. the recurrence, with states in registers; C . state is summed over a quad by shuffles, which also hand every lane whole
-//      steps (on the tensor cores, as in the backward pass, it takes 7% longer and rounds);
+//      steps (on the tensor cores it takes 7% longer and rounds);
 //   3. these it finishes (skip, gate) and stores in vectors.
 // The state before each tile is kept for the backward pass.
 #include "scan.cuh"
 
+constexpr int GROUP = 16 / CPT;        // steps whose 16 results a quad sums together
+constexpr int STEPS_A_LANE = 4 / CPT;  // of which each lane ends up with this many, for all CPT channels
 static_assert(TWIST_CHANNELS % CPT == 0, "a lane's channels share a twist");
 
 struct ForwardParams {
@@ -97,7 +99,7 @@ struct Forward {
                 y[c] *= z[r][c] * sigmoid(z[r][c]);
 #endif
             }
-            if (step + r < valid) store_row(p.y + row + r * p.channels, channel0 + channel, p.channels, y);
+            store_row(p.y + row + r * p.channels, channel0 + channel, p.channels, y, step + r < valid);
         }
     }
 

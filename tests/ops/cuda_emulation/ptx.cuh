@@ -1,4 +1,4 @@
-// Runs a kernel on a CPU: every lane is a coroutine, and whatever joins lanes (barriers, shuffles, matrix instructions) switches between
+// Runs a kernel on a CPU: every lane is a coroutine, and whatever joins lanes (barriers, shuffles) switches between
 // them. Takes the place of cuda_src/ptx.cuh, so that the kernels' own source is what runs. Shared memory begins as NaN; an asynchronous
 // copy arrives only when it is waited for.
 #pragma once
@@ -58,7 +58,7 @@ struct Lane {
 
 struct Machine {
     std::vector<Lane> lanes;
-    std::vector<unsigned> mail;  // one word a lane and register that it shows to its warp
+    std::vector<unsigned> mail;  // a word that each lane shows to its warp
     ucontext_t scheduler;
     int current = 0;
     std::function<void()> kernel;
@@ -93,7 +93,7 @@ inline void run_block(int threads, const std::function<void()>& kernel) {
     std::memset(shared, 0xff, sizeof shared);
     machine.lanes.clear();
     machine.lanes.resize(threads);
-    machine.mail.assign(threads * 8, 0);
+    machine.mail.assign(threads, 0);
     machine.kernel = kernel;
     for (int i = 0; i < threads; ++i) {
         Lane& lane = machine.lanes[i];
@@ -117,14 +117,14 @@ inline void run_block(int threads, const std::function<void()>& kernel) {
 
 // -- what lanes of a warp show each other ---------------------------------------------------------------------------------
 
-inline void show(int slot, unsigned word) { machine.mail[machine.current * 8 + slot] = word; }
-inline unsigned see(int lane, int slot) { return machine.mail[((machine.current & ~31) + lane) * 8 + slot]; }
+inline void show(unsigned word) { machine.mail[machine.current] = word; }
+inline unsigned see(int lane) { return machine.mail[(machine.current & ~31) + lane]; }
 
 template <class T>
 inline T exchange_with(T value, int lane) {
-    show(0, bits<unsigned>(value));
+    show(bits<unsigned>(value));
     __syncwarp();
-    const T seen = bits<T>(see(lane, 0));
+    const T seen = bits<T>(see(lane));
     __syncwarp();
     return seen;
 }
@@ -133,10 +133,10 @@ inline T __shfl_xor_sync(unsigned, T value, int mask) { return exchange_with(val
 template <class T>
 inline T __shfl_up_sync(unsigned, T value, int by) { return exchange_with(value, std::max((machine.current & 31) - by, 0)); }
 inline unsigned __ballot_sync(unsigned, bool vote) {
-    show(0, vote);
+    show(vote);
     __syncwarp();
     unsigned all = 0;
-    for (int i = 0; i < 32; ++i) all |= (see(i, 0) & 1u) << i;
+    for (int i = 0; i < 32; ++i) all |= (see(i) & 1u) << i;
     __syncwarp();
     return all;
 }
@@ -191,18 +191,7 @@ inline void wait_copies() {
     lane.committed.clear();
 }
 
-// m16n8k8 as PTX lays it over a warp.
-inline void mma_tf32(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    const unsigned words[] = {a0, a1, a2, a3, b0, b1};
-    for (int i = 0; i < 6; ++i) show(i, words[i] & 0xffffe000u);
-    __syncwarp();
-    const int lane = machine.current & 31, group = lane >> 2;
-    for (int i = 0; i < 4; ++i) {
-        const int row = group + i / 2 * 8, col = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 8; ++k) {
-            const float a = bits<float>(see(row % 8 * 4 + k % 4, k / 4 * 2 + row / 8)), b = bits<float>(see(col * 4 + k % 4, 4 + k / 4));
-            sum[i] += a * b;
-        }
-    }
-    __syncwarp();
+template <int WORDS>
+inline void store_if(bool yes, void* p, const unsigned (&w)[WORDS]) {
+    if (yes) std::memcpy(p, w, sizeof w);
 }

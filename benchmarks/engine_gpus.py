@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_worker import start_processes
-from record import RESULTS, conclude, newest, record
+from record import RESULTS, Growing, conclude, newest
 from weights import quick_initialization
 
 MODELS = {
@@ -190,35 +191,42 @@ def failures(payload: dict[str, Any]) -> list[str]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All jobs; where there are GPUs enough, one model's beside another's."""
+    """All jobs; where there are GPUs enough, one model's beside another's. What is done is recorded as it comes."""
     import torch
 
-    gpus = arguments.gpus
+    gpus, until = arguments.gpus, time.monotonic() + arguments.seconds
     places = max(1, torch.cuda.device_count() // gpus)
-    kept = {"reshard_after_forward": False}
     large = {"model": "mamba1-1.4b", "steps": 16, "rows": arguments.large_rows, "speed_only": True}
-    scaling: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"gpus": gpus, "runs": [], "scaling": [], "band": {}, "weak_scaling": None}
+    growing, lock = Growing("engine_gpus", arguments.output), threading.Lock()
+
+    def left() -> float:
+        return max(0.0, until - time.monotonic())
+
     if arguments.scaling:
         # One process's fsdp2 has nothing to shard: the plain engine, the strictest base there is. Nothing runs beside these two.
-        scaling += launch(gpus, [{**large, "engine": "fsdp2", "gpus": gpus, "parallel": kept}], arguments.seconds)
-        scaling += launch(1, [{**large, "engine": "single", "gpus": 1}], arguments.seconds)
-    shares = [
-        [{"engine": e, "model": m, "steps": arguments.steps, "rows": arguments.rows, "gpus": gpus} for e in arguments.engines]
-        for m in arguments.models
-    ]
+        kept = {"reshard_after_forward": False}
+        found["scaling"] += launch(gpus, [{**large, "engine": "fsdp2", "gpus": gpus, "parallel": kept}], left())
+        found["scaling"] += launch(1, [{**large, "engine": "single", "gpus": 1}], left())
+        if len(found["scaling"]) == 2:
+            many, one = (run["tokens_per_second_per_gpu"] for run in found["scaling"])
+            found["weak_scaling"] = many / one
+        print("recorded", growing.save(found), flush=True)
+    free = list(range(places))
+
+    def run(model: str) -> None:
+        place = free.pop()
+        jobs = [{"engine": e, "model": model, "steps": arguments.steps, "rows": arguments.rows, "gpus": gpus} for e in arguments.engines]
+        results = launch(gpus, jobs, left(), place * gpus)
+        with lock:
+            found["runs"] += results
+            found["band"] = band(found["runs"])
+            print("recorded", growing.save(found), flush=True)
+        free.append(place)
+
     with ThreadPoolExecutor(places) as pool:
-        free = list(range(places))
-
-        def run(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            place = free.pop()
-            try:
-                return launch(gpus, jobs, arguments.seconds, place * gpus)
-            finally:
-                free.append(place)
-
-        runs = [result for results in pool.map(run, shares) for result in results]
-    share = scaling[0]["tokens_per_second_per_gpu"] / scaling[1]["tokens_per_second_per_gpu"] if len(scaling) == 2 else None
-    return {"gpus": gpus, "runs": runs, "scaling": scaling, "band": band(runs), "weak_scaling": share}
+        list(pool.map(run, arguments.models))
+    return found
 
 
 def main() -> None:
@@ -231,9 +239,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rows", type=int, default=8, help="sequences of 2048 tokens per GPU and step, 370m")
     parser.add_argument("--large-rows", type=int, default=8, help="the same for 1.4b")
-    parser.add_argument(
-        "--seconds", type=float, default=900.0, help="end each number of GPUs' jobs after so many; what is done is recorded"
-    )
+    parser.add_argument("--seconds", type=float, default=900.0, help="end after so many; what is done is recorded")
     parser.add_argument("--engines", nargs="+", default=list(ENGINES))
     parser.add_argument("--models", nargs="+", default=list(COMPARED), choices=sorted(MODELS))
     parser.add_argument(
@@ -244,8 +250,6 @@ def main() -> None:
         worker(arguments.worker)
         return
     payload = newest("engine_gpus") if arguments.check else measure(arguments)
-    if not arguments.check:
-        print("recorded", record("engine_gpus", payload, folder=arguments.output))
     conclude(failures(payload))
 
 

@@ -38,6 +38,7 @@ from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
 from mamba_pretrain.ops.projection import project, project_parts
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
 from mamba_pretrain.ops.selective_scan import selective_scan
+from mamba_pretrain.ops.ssd_scan import ssd_scan
 
 ROWS, LENGTH, WIDTH, STATES, LAYERS = 1, 16, 64, 16, 8
 REPETITIONS, CALLS = 30, 10
@@ -46,9 +47,15 @@ LARGEST_SHARE = 0.8  # of the time through the dispatcher
 SERVING = {
     "selective_scan": "cuda",
     "causal_conv1d": "cuda",
+    "ssd_scan": "triton",
     "rms_norm": "triton",
     "gated_rms_norm": "triton",
     "linear_cross_entropy": "triton",
+}
+TRITON = {
+    "triton_norm_kernels": ("rms_forward", "rms_backward", "gated_forward", "gated_backward"),
+    "triton_ssd_kernels": ("ssd_prepare", "ssd_forward", "ssd_states", "ssd_inside", "ssd_edges", "ssd_gather", "ssd_finish"),
+    "triton_cross_entropy_kernels": ("softmax_gradient",),
 }
 
 
@@ -57,6 +64,8 @@ SERVING = {
 
 class _NoKernel:
     """A Triton kernel that is never launched, and what Triton compiles of it."""
+
+    arg_names: tuple[str, ...] = ()
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         return lambda *arguments, **options: self
@@ -84,8 +93,7 @@ def null_kernels() -> Iterator[None]:
         mock.patch.object(torch, "addmm", lambda total, a, b, out_dtype=None, out=None: total),
         mock.patch.dict(registry._implementations),
     ]
-    names = ("rms_forward", "rms_backward", "gated_forward", "gated_backward")
-    for module, kernels in (("triton_norm_kernels", names), ("triton_cross_entropy_kernels", ("softmax_gradient",))):
+    for module, kernels in TRITON.items():
         fake = mock.NonCallableMock(spec=kernels, **{name: _NoKernel() for name in kernels})
         patches += [mock.patch.dict(sys.modules, {f"mamba_pretrain.ops.{module}": fake})]
         patches += [mock.patch(f"mamba_pretrain.ops.{module}", fake, create=True)]
@@ -115,6 +123,8 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
     B, C = low(ROWS, LENGTH, STATES), low(ROWS, LENGTH, STATES)
     A = (-torch.rand(WIDTH, STATES, device=device)).requires_grad_()
     taps, weight, bias, square, wide = new(WIDTH, 4), new(WIDTH), new(WIDTH), new(WIDTH, WIDTH), new(2 * WIDTH, WIDTH)
+    heads, steps, per_head = low(ROWS, LENGTH, 4, 16), low(ROWS, LENGTH, 4), (-torch.rand(4, device=device)).requires_grad_()
+    groups = low(ROWS, LENGTH, 1, STATES), low(ROWS, LENGTH, 1, STATES)
     documents = torch.zeros(ROWS, LENGTH, dtype=torch.int32, device=device)
     labels = torch.zeros(ROWS, LENGTH, dtype=torch.int64, device=device)
 
@@ -140,14 +150,24 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
         "project": both(project, x, square),
         "project_parts": both(lambda x, w: project_parts(x, w, None, (WIDTH, WIDTH)), x, wide),
         "linear_cross_entropy": both(lambda x, w: linear_cross_entropy(x, w, labels), x, square),
-        "Mamba-1 layer": layers(device, documents),
+        "ssd_scan": both(
+            lambda x, dt, A, B, C, D, bias: ssd_scan(x, dt, A, B, C, D, None, bias, documents),
+            heads,
+            steps,
+            per_head,
+            *groups,
+            per_head,
+            per_head,
+        ),
+        "Mamba-1 layer": layers(device, documents, "mamba1"),
+        "Mamba-2 layer": layers(device, documents, "mamba2"),
     }
 
 
-def layers(device: str, documents: Tensor) -> Callable[[], Any]:
-    """A stack of Mamba-1 blocks, both passes."""
-    config = ModelConfig(vocab_size=64, d_model=WIDTH, n_layer=LAYERS, d_state=STATES, mixer="mamba1")
-    blocks = torch.nn.ModuleList(Block(config, "mamba1") for _ in range(LAYERS)).to(device)
+def layers(device: str, documents: Tensor, mixer: str) -> Callable[[], Any]:
+    """A stack of blocks, both passes."""
+    config = ModelConfig(vocab_size=64, d_model=WIDTH, n_layer=LAYERS, d_state=STATES, headdim=16, mixer=mixer)
+    blocks = torch.nn.ModuleList(Block(config, mixer) for _ in range(LAYERS)).to(device)
     parameters = list(blocks.parameters())
     for parameter in parameters:
         torch.nn.init.uniform_(parameter, -0.1, 0.1)
@@ -217,7 +237,8 @@ def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"{row['op']}: {row['direct_us']:.0f} us where the dispatcher takes {row['operators_us']:.0f} us"
         for row in rows
-        if row["op"] in {*SERVING, "Mamba-1 layer"} - {"linear_cross_entropy"} and row["direct_us"] > LARGEST_SHARE * row["operators_us"]
+        if row["op"] in {*SERVING, "Mamba-1 layer", "Mamba-2 layer"} - {"linear_cross_entropy"}
+        and row["direct_us"] > LARGEST_SHARE * row["operators_us"]
     ]
 
 

@@ -51,6 +51,7 @@ def run_training(config: RunConfig) -> int:
     """Trains as configured, on this process's rank; returns the exit code (``mamba_pretrain.exit_codes``)."""
     topology = ranks.initialize(config.parallel)
     logging.basicConfig(level=logging.INFO if topology.rank == 0 else logging.WARNING, format="%(message)s", force=True)
+    failed = True
     try:
         training = Training(config, topology)
         try:
@@ -59,8 +60,9 @@ def run_training(config: RunConfig) -> int:
             training.abandon()
             raise
         training.close()
+        failed = False
     finally:
-        ranks.shutdown()
+        ranks.shutdown(failed)
     return exit_codes.DONE if reason in (FINISHED, STOP_AFTER) else exit_codes.REQUEUE
 
 

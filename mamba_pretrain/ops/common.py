@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,22 +27,43 @@ def document_starts(seq_idx: Tensor | None) -> Tensor | None:
 
 def document_numbers(seq_idx: Tensor | None) -> Tensor | None:
     """(b, l) int32: 0, 1, 2, ... along each row, so that equal numbers mean the same document and 0 the one an initial state belongs to."""
-    if seq_idx is None or torch.compiler.is_compiling() or seq_idx.is_inference():  # which have no version to go by
-        return _count_documents(seq_idx)
-    # Every layer asks for those of the same batch: five kernel launches each time, where a small model waits for launches.
-    found = _last_numbers.get(seq_idx)
+    return _of_same_batch(seq_idx, _count_documents, _last_numbers)
+
+
+def document_bounds(seq_idx: Tensor | None) -> Tensor | None:
+    """(2, b, l) int32: for every position where its document begins, and where it ends (one past its last position).
+
+    The first document of a row, to which an initial state belongs, begins at -1; the last one ends at 2^31 - 1.
+    """
+    return _of_same_batch(seq_idx, _find_bounds, _last_bounds)
+
+
+def _of_same_batch(seq_idx: Tensor | None, compute: Callable[[Tensor], Tensor], last: WeakTensorKeyDictionary) -> Tensor | None:
+    """``compute(seq_idx)``, remembered: every layer asks for the same, and a small model waits for kernel launches."""
+    if seq_idx is None:
+        return None
+    if torch.compiler.is_compiling() or seq_idx.is_inference():  # which have no version to go by
+        return compute(seq_idx)
+    found = last.get(seq_idx)
     if found is None or found[0] != seq_idx._version:
-        _last_numbers.clear()
-        found = _last_numbers[seq_idx] = (seq_idx._version, _count_documents(seq_idx))
-    return found[1]
+        last.clear()
+        found = last[seq_idx] = (seq_idx._version, compute(seq_idx))
+    return cast(Tensor, found[1])
 
 
-def _count_documents(seq_idx: Tensor | None) -> Tensor | None:
-    starts = document_starts(seq_idx)
-    return None if starts is None else starts.cumsum(1, dtype=torch.int32)
+def _count_documents(seq_idx: Tensor) -> Tensor:
+    return cast(Tensor, document_starts(seq_idx)).cumsum(1, dtype=torch.int32)
 
 
-_last_numbers = WeakTensorKeyDictionary()
+def _find_bounds(seq_idx: Tensor) -> Tensor:
+    starts, last = cast(Tensor, document_starts(seq_idx)), torch.iinfo(torch.int32).max
+    position = torch.arange(seq_idx.shape[1], dtype=torch.int32, device=seq_idx.device)
+    begins = torch.where(starts, position, -1).cummax(1).values
+    after = torch.where(starts, position, last).roll(-1, 1)  # position 0 starts nothing: the last one's is ``last``
+    return torch.stack([begins, after.flip(1).cummin(1).values.flip(1)]).to(torch.int32)
+
+
+_last_numbers, _last_bounds = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
 
 def triton_unsupported(request: Request) -> str | None:

@@ -90,11 +90,11 @@ def _fused_losses(logits: Tensor, targets: Tensor, ignore_index: int, valid: int
 
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    block = min(4096, 1 << (columns - 1).bit_length())
+    block = min(8192, 1 << (columns - 1).bit_length())
     align = 8 if columns % 8 == logits.stride(0) % 8 == 0 else 1  # padded vocabularies' rows are whole vectors
     with on_device_of(logits):
         arguments = (logits, targets, losses, logits.stride(0), columns, valid, ignore_index, gradient, align, block)
-        launch(triton_cross_entropy_kernels.softmax_gradient, (rows, 1, 1), *arguments, num_warps=16)
+        launch(triton_cross_entropy_kernels.softmax_gradient, (rows, 1, 1), *arguments, num_warps=block // 256 or 1)
     return losses, logits
 
 

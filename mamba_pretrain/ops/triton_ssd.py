@@ -6,6 +6,7 @@ states in and out. Nothing but the inputs is kept for the backward pass. Kernels
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba_pretrain.ops import registry
-from mamba_pretrain.ops.common import document_numbers, triton_unsupported
+from mamba_pretrain.ops.common import document_bounds, triton_unsupported
+from mamba_pretrain.ops.kernel_arguments import on_device_of
+from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.scan_autograd import register_gradients
+from mamba_pretrain.ops.triton_launch import launch
 
 MAX_HEADDIM, MAX_STATE = 128, 256
 MAX_STATE_BYTES = 65536  # of a head
@@ -24,14 +28,16 @@ SHORTEST_SEGMENT = 1024  # steps
 
 @dataclass(frozen=True)
 class Launch:
-    """Warps of a program and stages of its loop."""
+    """Warps of a program, stages of its loop, and most registers of a thread (0: as many as there are)."""
 
     warps: int
     stages: int
+    registers: int = 0
 
     def options(self) -> dict[str, int]:
         """As Triton takes them."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**options, "maxnreg": self.registers} if self.registers else options
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Tuning:
 # For compute capability 9.0 and 16-bit activations of up to 64 channels a head and 128 states: the best of those tried on an H100.
 HOPPER = Tuning(
     chunk=64, tile=64, tiles=1, heads=16, state_block=8192, keep=True,
-    forward=Launch(4, 2), states=Launch(4, 3), inside=Launch(4, 2), edges=Launch(4, 3),
+    forward=Launch(4, 3), states=Launch(4, 4), inside=Launch(4, 3), edges=Launch(4, 2),
 )  # fmt: skip
 # Everywhere else: fits in 99 KiB of shared memory, tuned for nothing.
 PORTABLE = Tuning(
@@ -69,10 +75,15 @@ PREPARE_HEADS = 8  # heads a program of the kernels that only add
 def tuning(x: Tensor, B: Tensor) -> Tuning:
     """What a call is launched with."""
     small = x.shape[3] <= 64 and B.shape[3] <= 128 and x.element_size() == 2
-    hopper = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) == (9, 0)
-    return HOPPER if small and hopper else PORTABLE
+    return HOPPER if small and _hopper(x.device) else PORTABLE
 
 
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
 def cores(device: torch.device) -> int:
     """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -91,9 +102,13 @@ def unsupported(request: registry.Request) -> str | None:
         return "Triton's interpreter has no products in bf16"
     if x.numel() == 0 or x.shape[0] > 65535:
         return f"it takes 1 to 65535 rows that are not empty, not {tuple(x.shape)}"
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    return None
+    return _too_old(x.device)
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return "it needs compute capability 8.0 or newer" if old else None
 
 
 @registry.register("ssd_scan", "triton", priority=30, unsupported=unsupported)
@@ -116,8 +131,7 @@ def ssd_scan(
     widest = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
     u, B, C = (t.to(widest) for t in (x, B, C))
     D, dt_bias, initial_state = (None if t is None else t.float() for t in (D, dt_bias, initial_state))
-    documents = document_numbers(seq_idx)
-    y, final, _ = forward(u, dt, A.float(), B, C, D, None, dt_bias, documents, initial_state, chunk_size, *dt_limit)
+    y, final, _ = forward(u, dt, A.float(), B, C, D, None, dt_bias, document_bounds(seq_idx), initial_state, chunk_size, *dt_limit)
     y = y.to(x.dtype) if z is None else (y.float() * F.silu(z.float())).to(x.dtype)
     return (y, final) if return_final_state else y
 
@@ -125,12 +139,13 @@ def ssd_scan(
 class _Call:
     """One call: sizes, operands as the kernels address them, what they share."""
 
-    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, dt_bias: Any, documents: Any, limits: Any) -> None:
+    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, dt_bias: Any, bounds: Any, limits: Any) -> None:
         self.x, self.B, self.C = (_addressable(t) for t in (x, B, C))
         if self.B.stride() != self.C.stride():  # they share their offsets
             self.B, self.C = self.B.contiguous(), self.C.contiguous()
         self.dt, self.limits = dt, limits
-        self.A, self.D, self.bias, self.documents = (None if t is None else t.contiguous() for t in (A, D, dt_bias, documents))
+        self.A, self.D, self.bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))
+        self.documents: tuple[Tensor | None, ...] = (None, None) if bounds is None else bounds.contiguous().unbind()
         self.batch, self.length, self.heads, self.headdim = x.shape
         self.groups, self.state = B.shape[2:]
         self.tuning = tuning(x, B)
@@ -140,7 +155,7 @@ class _Call:
     def flags(self) -> dict[str, Any]:
         """Constants of the kernels that multiply."""
         precision = "tf32x3" if self.exact else "tf32"
-        return {"HAS_DOCUMENTS": self.documents is not None, "EXACT": self.exact, "PRECISION": precision}
+        return {"HAS_DOCUMENTS": self.documents[0] is not None, "EXACT": self.exact, "PRECISION": precision}
 
     def masked(self, rows: int, P: int, N: int) -> bool:
         """Whether tiles reach beyond the tensors."""
@@ -159,11 +174,12 @@ class _Call:
         new = self.x.new_empty
         vector = (self.batch, self.heads, self.padded)
         sums, sources, *low = new((4 if self.exact else 2, *vector), dtype=torch.float32)
-        self.vectors = (self.documents, sums, sources, *(low or (None, None)))
-        kernels.ssd_prepare[(self.chunks, -(-self.heads // PREPARE_HEADS), self.batch)](
+        self.vectors = (*self.documents, sums, sources, *(low or (None, None)))
+        launch(
+            kernels.ssd_prepare, (self.chunks, -(-self.heads // PREPARE_HEADS), self.batch),
             self.dt, self.A, self.bias, *self.vectors,
             *self.dt.stride(), self.length, self.padded, self.heads, *self.limits,
-            HAS_BIAS=self.bias is not None, HAS_DOCUMENTS=self.documents is not None, EXACT=self.exact,
+            HAS_BIAS=self.bias is not None, HAS_DOCUMENTS=self.documents[0] is not None, EXACT=self.exact,
             CHUNK=chunk, HEADS=PREPARE_HEADS, num_warps=4,
         )  # fmt: skip
 
@@ -211,7 +227,8 @@ class _Call:
         decay = new((self.batch, segments, self.heads) if not write else 0, dtype=torch.float32)
         products = new((blocks[0] * blocks[1], self.batch, self.heads, self.chunks) if reverse and write else 0, dtype=torch.float32)
         V = self.C if reverse else self.B
-        kernels.ssd_states[(self.batch * segments * self.heads, blocks[0], blocks[1])](
+        launch(
+            kernels.ssd_states, (self.batch * segments * self.heads, blocks[0], blocks[1]),
             u, V, *self.vectors, edge, before, states, products, end, decay,
             *u.stride()[:3], *V.stride()[:3], *self.sizes(), segments, each,
             REVERSE=reverse, WRITE=write, STORE_END=reverse or not write, HAS_EDGE=edge is not None, MASKED=self.masked(self.chunk, P, N),
@@ -239,28 +256,28 @@ def _kept(x: Tensor, initial_state: Tensor | None) -> Tensor:
     return x.new_empty(0, dtype=torch.float32) if initial_state is None else initial_state.clone()
 
 
-_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? documents"
+_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? bounds"
 _OPTIONS = "int chunk_size, float dt_min, float dt_max"
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::triton_ssd_forward",
-    mutates_args=(),
+@operator(
+    "triton_ssd_forward",
     schema=f"({_INPUTS}, Tensor? initial_state, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-def forward(x, dt, A, B, C, D, z, dt_bias, documents, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+def forward(x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
     """y (b, l, h, p), the final state (b, h, p, n) and a copy of the initial one; z must be None, chunk_size is for who counts FLOPs."""
     from mamba_pretrain.ops import triton_ssd_kernels as kernels
 
-    with torch.cuda.device_of(x):
-        call = _Call(x, dt, A, B, C, D, dt_bias, documents, (dt_min, dt_max))
+    with on_device_of(x):
+        call = _Call(x, dt, A, B, C, D, dt_bias, bounds, (dt_min, dt_max))
         t = call.tuning
         call.cut(t.chunk)
         segments, each = call.segments()
         before = call.edges(False, call.x, None if initial_state is None else initial_state.contiguous(), segments, each)
         y, final = _outputs(x, B)
         P = max(16, min(call.P, t.state_block // call.N))
-        kernels.ssd_forward[(call.batch * segments * call.heads, -(-call.headdim // P))](
+        launch(
+            kernels.ssd_forward, (call.batch * segments * call.heads, -(-call.headdim // P), 1),
             call.x, call.B, call.C, call.D, *call.vectors, before, y, final,
             *call.x.stride()[:3], *call.B.stride()[:3], *call.sizes(), segments, each,
             HAS_D=D is not None, HAS_BEFORE=before is not None, MASKED=call.masked(t.chunk, P, call.N),
@@ -269,16 +286,15 @@ def forward(x, dt, A, B, C, D, z, dt_bias, documents, initial_state, chunk_size,
         return y, final, _kept(x, initial_state)
 
 
-@torch.library.custom_op(
-    "mamba_pretrain::triton_ssd_backward",
-    mutates_args=(),
+@operator(
+    "triton_ssd_backward",
     schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor initial_state, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, documents, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
     """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state); those of absent inputs without meaning."""
-    with torch.cuda.device_of(x):
-        call = _Call(x, dt, A, B, C, D, dt_bias, documents, (dt_min, dt_max))
+    with on_device_of(x):
+        call = _Call(x, dt, A, B, C, D, dt_bias, bounds, (dt_min, dt_max))
         call.cut(call.tuning.tile * call.tuning.tiles)
         dy = dy.contiguous()  # it shares dx's offsets
         states, dstates, products, dinitial = _states(call, dy, initial_state.contiguous(), dfinal)
@@ -315,7 +331,8 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     shares, (taken, cross) = sums(*vector, 4), sums(2, *vector)
     dscores = sums(call.batch * call.chunks * call.groups * parts, pairs, t.tile, t.tile)
     shape = {"TILES": t.tiles, "TILE": t.tile, "P": call.P}
-    kernels.ssd_inside[(tiles * call.groups * parts,)](
+    launch(
+        kernels.ssd_inside, (tiles * call.groups * parts, 1, 1),
         x, dy, B, C, call.D, *call.vectors, dstates, dx, dscores, shares, taken, cross,
         *x.stride()[:3], *B.stride()[:3], *call.sizes(), *share,
         HAS_D=call.D is not None, MASKED=call.masked(call.chunk, call.P, call.N), KEEP=t.keep,
@@ -325,20 +342,23 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     blocks = -(-call.state // N)
     from_states = sums(blocks, *vector)
     dB_parts, dC_parts = sums(2, tiles * call.groups * parts, t.tile, call.state)
-    kernels.ssd_edges[(2 * tiles * call.groups * parts, blocks)](
+    launch(
+        kernels.ssd_edges, (2 * tiles * call.groups * parts, blocks, 1),
         x, dy, C, *call.vectors, states, dstates, dB_parts, dC_parts, from_states,
         *x.stride()[:3], *C.stride()[:3], taken.numel(), *call.sizes(), *share,
         MASKED=call.masked(call.chunk, call.P, N), N=N, **shape, **call.flags(), **t.edges.options(),
     )  # fmt: skip
-    kernels.ssd_gather[(2 * tiles * call.groups, blocks)](
+    launch(
+        kernels.ssd_gather, (2 * tiles * call.groups, blocks, 1),
         B, C, dscores, dB_parts, dC_parts, dB, dC, *B.stride()[:3], call.length, call.groups, call.state, call.chunks, parts,
         TILES=t.tiles, TILE=t.tile, N=N, PRECISION=call.flags()["PRECISION"], num_warps=4,
     )  # fmt: skip
     by_chunk = sums(3, call.batch * call.chunks, call.heads)
-    kernels.ssd_finish[(call.batch * call.chunks, -(-call.heads // PREPARE_HEADS))](
-        call.dt, call.A, call.bias, call.documents, shares, taken, cross, from_states, products, ddt, by_chunk,
+    launch(
+        kernels.ssd_finish, (call.batch * call.chunks, -(-call.heads // PREPARE_HEADS), 1),
+        call.dt, call.A, call.bias, *call.documents, shares, taken, cross, from_states, products, ddt, by_chunk,
         *call.dt.stride(), taken.numel(), call.batch, call.length, call.padded, call.heads, call.chunks, blocks, len(products), *call.limits,
-        HAS_BIAS=call.bias is not None, HAS_D=call.D is not None, HAS_DOCUMENTS=call.documents is not None,
+        HAS_BIAS=call.bias is not None, HAS_D=call.D is not None, HAS_DOCUMENTS=call.documents[0] is not None,
         TILES=t.tiles, TILE=t.tile, HEADS=PREPARE_HEADS, num_warps=4,
     )  # fmt: skip
     dA, dbias, dD = by_chunk.sum(1).unbind()
@@ -346,12 +366,12 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
 
 
 @forward.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, documents, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+def _(x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
     return *_outputs(x, B), _kept(x, initial_state)
 
 
 @backward.register_fake
-def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, documents, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
+def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
     per_head = [torch.empty_like(A) for _ in range(3)]
     new, dinitial = x.new_empty, _outputs(x, B)[1]
     return new(x.shape), dt.new_empty(dt.shape), per_head[0], new(B.shape), new(C.shape), per_head[1], new(0), per_head[2], dinitial

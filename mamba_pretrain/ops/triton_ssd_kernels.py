@@ -7,7 +7,8 @@ With c_i the running sum of step A inside a chunk, in a document
 
 Kernels read c (``sums``) and c_j - log(step_j) (``sources``), so that one exponential gives decay and step together; both times log2 e, since decays
 are powers of two. Sums restart where a document begins and pairs of different documents are masked before they are multiplied: nothing crosses, to
-the bit. Activations are read where they are, strided, channels adjacent; rows are 64-bit offsets apart. Sums and sources are (b, h, padded) fp32,
+the bit. ``begins`` and ``ends`` (b, l) say of every step where its document does; the first begins at -1, the last ends nowhere.
+Activations are read where they are, strided, channels adjacent; rows are 64-bit offsets apart. Sums and sources are (b, h, padded) fp32,
 padded to whole chunks by steps of zero. States are stored (b, chunks, h, n, p) in the activations' dtype. There are no atomics: a value is written
 by one program, sums over programs are finished in a fixed order.
 
@@ -57,8 +58,15 @@ def _store(ptr, offsets, value, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _edges_of(begins_ptr, ends_ptr, start, CHUNK: tl.constexpr, length):
+    """Where in a chunk the document ends that the step before the chunk belongs to, and where that of its last step begins (or before it)."""
+    first_end = tl.load(ends_ptr + tl.maximum(start - 1, 0)) - start.to(tl.int32)
+    return first_end, tl.load(begins_ptr + tl.minimum(start + CHUNK, length) - 1) - start.to(tl.int32)
+
+
+@triton.jit
 def ssd_prepare(
-    dt_ptr, A_ptr, bias_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr,
+    dt_ptr, A_ptr, bias_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr,
     dt_batch, dt_row, dt_head, length, padded, heads, dt_min, dt_max,
     HAS_BIAS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -75,10 +83,8 @@ def ssd_prepare(
     step = tl.where(mask, tl.minimum(tl.maximum(_softplus(raw), dt_min), dt_max), 0.0)
     change = (step * A[:, None]).to(tl.float64) * LOG2E
     if HAS_DOCUMENTS:
-        document = tl.load(documents_ptr + batch * length + rows, mask=inside, other=0)
-        before = tl.load(documents_ptr + batch * length + rows - 1, mask=inside & (rows > 0), other=0)
-        begins = (inside & (document != before)).to(tl.int32)[None, :] + tl.zeros((HEADS, CHUNK), dtype=tl.int32)
-        total, _ = tl.associative_scan((change, begins), 1, _add_or_restart)
+        restarts = (tl.load(begins_ptr + batch * length + rows, mask=inside, other=-1) == rows).to(tl.int32)
+        total, _ = tl.associative_scan((change, restarts[None, :] + tl.zeros((HEADS, CHUNK), dtype=tl.int32)), 1, _add_or_restart)
     else:
         total = tl.cumsum(change, axis=1)
     offsets = (batch * heads + columns[:, None]) * padded + rows[None, :]
@@ -97,7 +103,7 @@ def ssd_prepare(
 
 @triton.jit
 def ssd_forward(
-    x_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, before_ptr, y_ptr, final_ptr,
+    x_ptr, B_ptr, C_ptr, D_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, before_ptr, y_ptr, final_ptr,
     x_batch, x_row, x_head, BC_batch, BC_row, BC_group,
     length, padded, heads, per_group, headdim, state, chunks, segments, segment_chunks,
     HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_BEFORE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
@@ -116,7 +122,8 @@ def ssd_forward(
     y_ptr += batch * length * y_row + head * headdim
     vectors = (batch * heads + head) * padded
     if HAS_DOCUMENTS:
-        documents_ptr += batch * length
+        begins_ptr += batch * length
+        ends_ptr += batch * length
     in_state = channels[None, :] * state + states[:, None]
     state_mask = has_state[:, None] & has_channel[None, :]
     S = tl.zeros((N, P), dtype=tl.float32)
@@ -143,13 +150,11 @@ def ssd_forward(
         from_before, to_end, kept = tl.exp2(sums), tl.exp2(to_end), tl.exp2(end)
         joined = within[:, None] >= within[None, :]
         if HAS_DOCUMENTS:
-            document = tl.load(documents_ptr + start + within, mask=inside, other=-1)
-            previous = tl.load(documents_ptr + start - 1, mask=start > 0, other=0)
-            last = tl.load(documents_ptr + tl.minimum(start + CHUNK, length) - 1)
-            joined &= document[:, None] == document[None, :]
-            from_before = tl.where(document == previous, from_before, 0.0)
-            to_end = tl.where(document == last, to_end, 0.0)
-            kept = tl.where(previous == last, kept, 0.0)
+            joined &= within[None, :] >= (tl.load(begins_ptr + start + within, mask=inside, other=0) - start.to(tl.int32))[:, None]
+            first_end, last_begin = _edges_of(begins_ptr, ends_ptr, start, CHUNK, length)
+            from_before = tl.where(within < first_end, from_before, 0.0)
+            to_end = tl.where(within >= last_begin, to_end, 0.0)
+            kept = tl.where(last_begin < 0, kept, 0.0)
         mixing = scores * tl.exp2(tl.where(joined, apart, float("-inf")))
         y = tl.dot(C, S.to(C.dtype), input_precision=PRECISION) * from_before[:, None]
         x = _load(x_ptr + start * x_row, within[:, None] * x_row + channels[None, :], x_mask, MASKED)
@@ -165,7 +170,7 @@ def ssd_forward(
 
 @triton.jit
 def ssd_states(
-    u_ptr, V_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr,
+    u_ptr, V_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr,
     edge_ptr, before_ptr, states_ptr, products_ptr, end_ptr, decay_ptr,
     u_batch, u_row, u_head, BC_batch, BC_row, BC_group,
     length, padded, heads, per_group, headdim, state, chunks, segments, segment_chunks,
@@ -189,7 +194,8 @@ def ssd_states(
     V_ptr += batch * BC_batch + (head // per_group).to(tl.int64) * BC_group
     vectors = (batch * heads + head) * padded
     if HAS_DOCUMENTS:
-        documents_ptr += batch * length
+        begins_ptr += batch * length
+        ends_ptr += batch * length
     state_mask = has_state[:, None] & has_channel[None, :]
     of_segment = ((batch * segments + segment) * heads + head) * headdim * state
     S = tl.zeros((N, P), dtype=tl.float32)
@@ -221,11 +227,9 @@ def ssd_states(
                 to_end += tl.load(low_sums_ptr + end_at) - tl.load(low_sources_ptr + at)
             weight = tl.exp2(to_end)
         if HAS_DOCUMENTS:
-            document = tl.load(documents_ptr + start + within, mask=inside, other=-1)
-            previous = tl.load(documents_ptr + start - 1, mask=start > 0, other=0)
-            last = tl.load(documents_ptr + tl.minimum(start + CHUNK, length) - 1)
-            kept = tl.where(previous == last, kept, 0.0)
-            weight = tl.where(document == (previous if REVERSE else last), weight, 0.0)
+            first_end, last_begin = _edges_of(begins_ptr, ends_ptr, start, CHUNK, length)
+            kept = tl.where(last_begin < 0, kept, 0.0)
+            weight = tl.where(within < first_end if REVERSE else within >= last_begin, weight, 0.0)
         u_mask, V_mask = inside[:, None] & has_channel[None, :], inside[:, None] & has_state[None, :]
         u = _load(u_ptr + start * u_row, within[:, None] * u_row + channels[None, :], u_mask, MASKED)
         V = _load(V_ptr + start * BC_row, within[:, None] * BC_row + states[None, :], V_mask, MASKED)
@@ -256,7 +260,7 @@ def _sent(x, dy, scores, dscores, dx, apart, joined, PRECISION: tl.constexpr):
 
 @triton.jit
 def _inside(
-    x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
+    x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
     dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
     x_row, x_head, BC_row,
     batch, start, first_head, head_count, length, padded, heads, headdim, state,
@@ -281,14 +285,10 @@ def _inside(
         C_next = _load(C_ptr + (begin + TILE) * BC_row, in_BC, inside_next[:, None] & has_state[None, :], MASKED)
         scores_next = tl.dot(B, tl.trans(C_next), input_precision=PRECISION)
         dscores_next = tl.zeros((TILE, TILE), dtype=tl.float32)
-    joined, joined_next = causal, within[:, None] >= 0
     if HAS_DOCUMENTS:
-        documents_ptr += batch * length
-        document = tl.load(documents_ptr + begin + within, mask=inside, other=-1)
-        last = tl.load(documents_ptr + tl.minimum(start + TILES * TILE, length) - 1)
-        joined = causal & (document[:, None] == document[None, :])
-        if CROSS:
-            joined_next = document[:, None] == tl.load(documents_ptr + begin + TILE + within, mask=inside_next, other=-1)[None, :]
+        begins_ptr += batch * length
+        ends_ptr += batch * length
+        _, last_begin = _edges_of(begins_ptr, ends_ptr, start, TILES * TILE, length)
     dy_row = heads * headdim
     for i in range(head_count):
         head = first_head + i
@@ -305,7 +305,8 @@ def _inside(
             to_end += tl.load(low_sums_ptr + end_at) - low
         to_end = tl.exp2(to_end)
         if HAS_DOCUMENTS:
-            to_end = tl.where(document == last, to_end, 0.0)
+            to_end = tl.where(within >= last_begin - J * TILE, to_end, 0.0)
+            document_end = tl.load(ends_ptr + begin + within, mask=inside, other=0) - begin.to(tl.int32)
         dx *= to_end[:, None]
         x = _load(x_ptr + begin * x_row + head * x_head, within[:, None] * x_row + channels[None, :], x_mask, MASKED)
         to_states = tl.sum(dx * x.to(tl.float32), axis=1)
@@ -319,6 +320,9 @@ def _inside(
             apart += tl.load(low_sums_ptr + at)[None, :] - low[:, None]
         if not KEEP:  # from a zero that no compiler lifts out of the loop
             scores = tl.dot(B, tl.trans(C), tl.zeros((TILE, TILE), tl.float32) + tl.minimum(i, 0), input_precision=PRECISION)
+        joined = causal
+        if HAS_DOCUMENTS:
+            joined &= within[None, :] < document_end[:, None]
         dx, dscores, dmixing, flow = _sent(x, dy, scores, dscores, dx, apart, joined, PRECISION)
         own = tl.sum(tl.where(diagonal, dmixing, 0.0), axis=1)
         flow = tl.where(diagonal, 0.0, flow)
@@ -332,7 +336,10 @@ def _inside(
                 apart += tl.load(low_sums_ptr + at + TILE)[None, :] - low[:, None]
             if not KEEP:
                 scores_next = tl.dot(B, tl.trans(C_next), tl.zeros((TILE, TILE), tl.float32) + tl.minimum(i, 0), input_precision=PRECISION)
-            dx, dscores_next, dmixing, flow = _sent(x, dy, scores_next, dscores_next, dx, apart, joined_next, PRECISION)
+            joined = within[:, None] >= 0
+            if HAS_DOCUMENTS:
+                joined = within[None, :] + TILE < document_end[:, None]
+            dx, dscores_next, dmixing, flow = _sent(x, dy, scores_next, dscores_next, dx, apart, joined, PRECISION)
             given += tl.sum(flow, axis=1)
             tl.store(cross_ptr + at + TILE, tl.sum(flow, axis=0))
         four = (at * 4)[:, None, None] + (tl.arange(0, 2) * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
@@ -348,7 +355,7 @@ def _inside(
 
 @triton.jit
 def ssd_inside(
-    x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
+    x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
     dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
     x_batch, x_row, x_head, BC_batch, BC_row, BC_group,
     length, padded, heads, per_group, headdim, state, chunks, parts, part_heads,
@@ -373,7 +380,7 @@ def ssd_inside(
     start = (chunk * (TILES * TILE)).to(tl.int64)
     if tile < TILES - 1:
         _inside(
-            x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
+            x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
             dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
             x_row, x_head, BC_row,
             batch, start, first_head, head_count, length, padded, heads, headdim, state,
@@ -381,7 +388,7 @@ def ssd_inside(
         )  # fmt: skip
     else:
         _inside(
-            x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
+            x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
             dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
             x_row, x_head, BC_row,
             batch, start, first_head, head_count, length, padded, heads, headdim, state,
@@ -391,7 +398,7 @@ def ssd_inside(
 
 @triton.jit
 def ssd_edges(
-    x_ptr, dy_ptr, C_ptr, documents_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, states_ptr, dstates_ptr,
+    x_ptr, dy_ptr, C_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, states_ptr, dstates_ptr,
     dB_ptr, dC_ptr, from_states_ptr,
     x_batch, x_row, x_head, BC_batch, BC_row, BC_group,
     vector_size, length, padded, heads, per_group, headdim, state, chunks, parts, part_heads,
@@ -420,20 +427,18 @@ def ssd_edges(
     of_part = (((batch * chunks + chunk) * TILES + tile) * (heads // per_group) + group) * parts + part
     in_part = within[:, None] * state + states[None, :]
     if HAS_DOCUMENTS:
-        documents_ptr += batch * length
-        document = tl.load(documents_ptr + begin + within, mask=inside, other=-1)
+        first_end, last_begin = _edges_of(begins_ptr + batch * length, ends_ptr + batch * length, start, TILES * TILE, length)
+    in_chunk = tile * TILE + within
     if tl.program_id(0) % 2 == 0:
         C_ptr += batch * BC_batch + group.to(tl.int64) * BC_group + begin * BC_row
         C = _load(C_ptr, within[:, None] * BC_row + states[None, :], BC_mask, MASKED)
         from_states_ptr += tl.program_id(1).to(tl.int64) * vector_size
-        if HAS_DOCUMENTS:
-            same = document == tl.load(documents_ptr + start - 1, mask=start > 0, other=0)
         for i in range(head_count):
             head = first_head + i
             at = vectors + head * padded + begin + within
             weight = tl.exp2(tl.load(sums_ptr + at))
             if HAS_DOCUMENTS:
-                weight = tl.where(same, weight, 0.0)
+                weight = tl.where(in_chunk < first_end, weight, 0.0)
             dy_rows = dy_ptr + (batch * length + begin) * (heads * headdim) + head * headdim
             dy = _load(dy_rows, within[:, None] * (heads * headdim) + channels[None, :], x_mask, MASKED)
             S = _load(states_ptr + of_state + head * headdim * state, in_state, state_mask, MASKED)
@@ -442,8 +447,6 @@ def ssd_edges(
             tl.store(from_states_ptr + at, tl.sum(found * C.to(tl.float32), axis=1))
         tl.store(dC_ptr + of_part * (TILE * state) + in_part, total, mask=has_state[None, :])
     else:
-        if HAS_DOCUMENTS:
-            same = document == tl.load(documents_ptr + tl.minimum(start + TILES * TILE, length) - 1)
         for i in range(head_count):
             head = first_head + i
             at, end_at = vectors + head * padded + begin + within, vectors + head * padded + start + TILES * TILE - 1
@@ -452,7 +455,7 @@ def ssd_edges(
                 to_end += tl.load(low_sums_ptr + end_at) - tl.load(low_sources_ptr + at)
             weight = tl.exp2(to_end)
             if HAS_DOCUMENTS:
-                weight = tl.where(same, weight, 0.0)
+                weight = tl.where(in_chunk >= last_begin, weight, 0.0)
             x_rows = x_ptr + batch * x_batch + begin * x_row + head * x_head
             x = _load(x_rows, within[:, None] * x_row + channels[None, :], x_mask, MASKED)
             dS = _load(dstates_ptr + of_state + head * headdim * state, in_state, state_mask, MASKED)
@@ -504,7 +507,7 @@ def ssd_gather(
 
 @triton.jit
 def ssd_finish(
-    dt_ptr, A_ptr, bias_ptr, documents_ptr, shares_ptr, taken_ptr, cross_ptr, from_states_ptr, products_ptr,
+    dt_ptr, A_ptr, bias_ptr, begins_ptr, ends_ptr, shares_ptr, taken_ptr, cross_ptr, from_states_ptr, products_ptr,
     ddt_ptr, sums_ptr,
     dt_batch, dt_row, dt_head, vector_size, batches, length, padded, heads, chunks, from_blocks, product_blocks, dt_min, dt_max,
     HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
@@ -542,10 +545,9 @@ def ssd_finish(
         product += tl.load(products_ptr + ((block * batches + batch) * heads + columns) * chunks + chunk, mask=present, other=0.0)
     flow = taken - given
     if HAS_DOCUMENTS:
-        document = tl.load(documents_ptr + batch * length + rows, mask=rows < length, other=-1)
-        after = tl.load(documents_ptr + batch * length + rows + 1, mask=rows + 1 < length, other=-1)
-        ends = (document != after).to(tl.int32)[None, :] + tl.zeros((HEADS, TILES * TILE), dtype=tl.int32)
-        flow, _ = tl.associative_scan((flow, ends), 1, _add_or_restart, reverse=True)
+        restarts = (tl.load(ends_ptr + batch * length + rows, mask=rows < length, other=0) == rows + 1).to(tl.int32)
+        restarts = restarts[None, :] + tl.zeros((HEADS, TILES * TILE), dtype=tl.int32)
+        flow, _ = tl.associative_scan((flow, restarts), 1, _add_or_restart, reverse=True)
     else:
         flow = tl.cumsum(flow, axis=1, reverse=True)
     # What goes through states is zero outside the first or the last document of the chunk: these sums cross nothing.

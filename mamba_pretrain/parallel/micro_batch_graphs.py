@@ -180,6 +180,11 @@ class MicroBatchGraphs:
         self._ready |= self._launched
         self._launched.clear()
 
+    def close(self) -> None:
+        """Gives up all recordings, and whatever those hold, for good."""
+        self.failed = self.failed or "closed"
+        self._recordings.clear()
+
     # -- gradients
 
     def _accumulated(self) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -69,8 +71,30 @@ def initialize(config: ParallelConfig) -> Topology:
     return topology
 
 
-def shutdown() -> None:
-    """Leaves the process group."""
+class Leaving(Protocol):
+    """Something that holds on to the process group's communicators."""
+
+    def close(self) -> None:
+        """Lets go of them."""
+
+
+_leaving: weakref.WeakSet[Leaving] = weakref.WeakSet()
+
+
+def close_before_leaving(holder: Leaving) -> None:
+    """Has ``shutdown`` close ``holder``, if it still exists, before it leaves the process group."""
+    _leaving.add(holder)
+
+
+def shutdown(failed: bool = False) -> None:
+    """Leaves the process group. NCCL waits for ever for communicators that a CUDA graph still holds, so holders are closed first.
+
+    ``failed``: peers may be gone or wait in a collective, and NCCL would wait for them; the process is about to end and takes the group along.
+    """
+    for holder in list(_leaving):
+        holder.close()
+    if failed and torch.cuda.is_available():
+        return
     if dist.is_initialized():
         dist.destroy_process_group()
 

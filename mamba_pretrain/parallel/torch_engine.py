@@ -23,6 +23,7 @@ from mamba_pretrain.parallel.micro_batch_graphs import CudaRecorder, MicroBatchG
 from mamba_pretrain.parallel.recompute import recompute
 from mamba_pretrain.parallel.replicas import Replicas
 from mamba_pretrain.parallel.sharding import local_part, shard, writes_copy
+from mamba_pretrain.parallel.topology import close_before_leaving
 
 if TYPE_CHECKING:
     from mamba_pretrain.data.batch import Batch
@@ -67,6 +68,7 @@ class TorchEngine(Engine):
         parameters = [parameter for _, parameter in self._named]
         alone = self.topology.world_size == 1
         self._graphs = MicroBatchGraphs(self._both_passes, parameters, self.topology.device, recorder, alone)
+        close_before_leaving(self._graphs)
 
     def _mesh(self) -> DeviceMesh | None:
         kind, world = self.topology.device.type, self.topology.world_size

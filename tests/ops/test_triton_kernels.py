@@ -145,6 +145,8 @@ def test_interpreted_on_cpu():
 class Kernel:
     """Stands for a Triton kernel and for what is compiled of it; keeps the arguments of its launches."""
 
+    arg_names = ("x", "y", "n", "eps", "FLAG", "BLOCK")
+
     def __init__(self):
         self.launched = []
         self.compiled = 0
@@ -161,10 +163,10 @@ class Kernel:
 def test_the_second_launch_of_a_kind_goes_past_triton():
     kernel, x = Kernel(), torch.zeros(4, 16)
     for _ in range(2):
-        launch(kernel, (4, 1, 1), x, None, 16, 1e-5, True, num_warps=4)
+        launch(kernel, (4, 1, 1), x, None, 16, 1e-5, BLOCK=32, FLAG=True, num_warps=4)
     assert kernel.compiled == 1
-    assert kernel.launched[0] == ((4, 1, 1), (x, None, 16, 1e-5, True), {"num_warps": 4})
-    assert kernel.launched[1] == ((4, 1, 1), (x.data_ptr(), None, 16, 1e-5, True), {})
+    assert kernel.launched[0] == ((4, 1, 1), (x, None, 16, 1e-5), {"BLOCK": 32, "FLAG": True, "num_warps": 4})
+    assert kernel.launched[1] == ((4, 1, 1), (x.data_ptr(), None, 16, 1e-5, True, 32), {})
 
 
 @pytest.mark.parametrize(
@@ -180,8 +182,8 @@ def test_the_second_launch_of_a_kind_goes_past_triton():
 )
 def test_another_kind_is_compiled_anew(arguments, warps):
     kernel = Kernel()
-    launch(kernel, (4, 1, 1), torch.zeros(4, 16), None, 16, num_warps=4)
-    launch(kernel, (4, 1, 1), *arguments, num_warps=warps)
+    launch(kernel, (4, 1, 1), torch.zeros(4, 16), None, 16, 1e-5, True, 32, num_warps=4)
+    launch(kernel, (4, 1, 1), *arguments, 1e-5, True, 32, num_warps=warps)
     assert kernel.compiled == 2
 
 

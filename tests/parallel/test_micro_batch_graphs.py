@@ -16,6 +16,7 @@ from data_tools.errors import UserError
 from mamba_pretrain.checkpoint.config import CheckpointConfig
 from mamba_pretrain.checkpoint.reading import open_checkpoint
 from mamba_pretrain.checkpoint.store import CheckpointStore
+from mamba_pretrain.parallel import topology
 from mamba_pretrain.parallel.build import check_cuda_graphs
 from mamba_pretrain.parallel.config import ParallelConfig
 from mamba_pretrain.parallel.micro_batch_graphs import MAX_SHAPES
@@ -248,18 +249,18 @@ def test_passes_out_of_order_are_refused(make, worker):
     ],
 )
 def test_where_graphs_are_refused(strategy, device, words):
-    topology = Topology(0, 0, 1, 1, 0, "python", torch.device(device))
+    place = Topology(0, 0, 1, 1, 0, "python", torch.device(device))
     with pytest.raises(UserError, match=f"parallel.cuda_graphs=on needs .*{words}"):
-        check_cuda_graphs(ParallelConfig(cuda_graphs="on"), strategy, topology)
-    check_cuda_graphs(ParallelConfig(), strategy, topology)
+        check_cuda_graphs(ParallelConfig(cuda_graphs="on"), strategy, place)
+    check_cuda_graphs(ParallelConfig(), strategy, place)
 
 
 def test_offloaded_gradients_are_refused():
-    topology = Topology(0, 0, 2, 2, 0, "torchrun", torch.device("cuda"))
+    place = Topology(0, 0, 2, 2, 0, "torchrun", torch.device("cuda"))
     with pytest.raises(UserError, match="needs gradients that stay on the GPU"):
-        check_cuda_graphs(ParallelConfig(cuda_graphs="on", cpu_offload=True), "fsdp2", topology)
-    check_cuda_graphs(ParallelConfig(cuda_graphs="on"), "fsdp2", topology)
-    check_cuda_graphs(ParallelConfig(cuda_graphs="on"), "hsdp", topology)
+        check_cuda_graphs(ParallelConfig(cuda_graphs="on", cpu_offload=True), "fsdp2", place)
+    check_cuda_graphs(ParallelConfig(cuda_graphs="on"), "fsdp2", place)
+    check_cuda_graphs(ParallelConfig(cuda_graphs="on"), "hsdp", place)
 
 
 def test_a_recording_that_fails_beside_other_processes_ends_the_run(make, worker):
@@ -268,6 +269,20 @@ def test_a_recording_that_fails_beside_other_processes_ends_the_run(make, worker
     train(engine, worker, 0)
     with pytest.raises(UserError, match=r"parallel\.cuda_graphs=off"):
         train(engine, worker, 1)
+
+
+def test_recordings_are_given_up_before_the_process_group_is_left(make, worker):
+    # NCCL's communicators are not destroyed while a graph holds them: leaving the group would hang.
+    engine, other = make(), make()
+    for step in range(2):
+        train(engine, worker, step)
+    assert engine._graphs._recordings
+    del other  # an engine that is gone is not kept for this
+    topology.shutdown()
+    assert not engine._graphs._recordings
+    replays = engine.recorder.replays
+    train(engine, worker, 2)
+    assert engine.recorder.replays == replays, "what comes afterwards is launched"
 
 
 def test_an_engine_that_cannot_refuses_before_anything_is_built(worker):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mamba_pretrain.config import RunConfig
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-RECOMPUTE = ("none", "block")
+RECOMPUTE = tuple(speed.RECOMPUTE_COST)  # the cheapest first
 CHECKPOINT_BYTES = 12  # fp32 weights and two moments
 
 
@@ -132,7 +132,7 @@ class Planner:
         """A step's computing on one GPU."""
         if self.speed is None:
             return None
-        return self.batch_samples * self.length / self.speed.tokens_per_second * (speed.RECOMPUTE_COST if recompute == "block" else 1.0)
+        return self.batch_samples * self.length / self.speed.tokens_per_second * speed.RECOMPUTE_COST[recompute]
 
     def traffic(self, strategy: str, micro_batch: int) -> list[communication.Traffic]:
         """What a step sends."""

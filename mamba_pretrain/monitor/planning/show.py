@@ -99,7 +99,7 @@ def _engines(plan: Plan) -> Table:
     table = _table("engine", *map(str, sizes))
     by_key = {(c.strategy, c.recompute, c.micro_batch): c for c in plan.candidates}
     for strategy in dict.fromkeys(c.strategy for c in plan.candidates):
-        for recompute in dict.fromkeys(c.recompute for c in plan.candidates):
+        for recompute in ("none", "block"):  # the two ends; --find looks between them
             row = [by_key.get((strategy, recompute, size)) for size in sizes]
             cells = ["" if c is None else f"[{'green' if c.fits else 'red'}]{c.needed / 1e9:.1f}[/]" for c in row]
             table.add_row(strategy + (" +" if recompute == "block" else ""), *cells)

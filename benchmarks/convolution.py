@@ -56,7 +56,8 @@ def calls(name: str, inputs: list[Tensor], dy: Tensor, seq_idx: Tensor | None) -
 
     def both() -> list[Tensor]:
         y = forward()
-        return [y, *torch.autograd.grad(y, inputs, dy)]
+        # Detached: a graph that lives on ties its leaves to the stream it was made on, and a recording may not wait for another.
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
     return forward, both
 

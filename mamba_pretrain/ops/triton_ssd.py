@@ -22,6 +22,9 @@ from mamba_pretrain.ops.scan_autograd import register_gradients
 from mamba_pretrain.ops.triton_launch import launch
 
 MAX_HEADDIM, MAX_STATE = 128, 256
+# Compiled by Triton 3.6, tiles that are wider than a head (20 of 32 channels, 40 of 64 states, bf16) gave wrong results on an H200, though the
+# interpreter gives right ones.
+MIN_WIDTH = 16
 MAX_STATE_BYTES = 65536  # of a head
 SHORTEST_SEGMENT = 1024  # steps
 
@@ -100,6 +103,8 @@ def unsupported(request: registry.Request) -> str | None:
         return f"a head's state must fit in {MAX_STATE_BYTES} bytes, not {size}"
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return "Triton's interpreter has no products in bf16"
+    if x.device.type == "cuda" and any(width < MIN_WIDTH or width & (width - 1) for width in (x.shape[3], state)):
+        return f"it is right for powers of two from {MIN_WIDTH} on only, not {x.shape[3]} channels a head and {state} states"
     if x.numel() == 0 or x.shape[0] > 65535:
         return f"it takes 1 to 65535 rows that are not empty, not {tuple(x.shape)}"
     return _too_old(x.device)

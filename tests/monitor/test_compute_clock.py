@@ -85,6 +85,7 @@ def test_clock_times_replays() -> None:
     model = torch.nn.Linear(4096, 4096, device=device)
     x = torch.ones(4096, 4096, device=device)
     engine = SimpleNamespace(model=model, loss=lambda x: model(x).sum())
+    engine.loss(x)  # loads cuBLAS
     clock = ComputeClock(device)
     clock.watch(engine)
     engine.loss(x)

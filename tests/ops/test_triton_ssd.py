@@ -23,7 +23,7 @@ interpreted = pytest.mark.skipif(
 FP32 = 1e-4
 SMALL = {"batch": 1, "heads": 3, "groups": 1, "tolerance": FP32}  # for the interpreter, which takes seconds
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SHAPES = [(64, 128), (32, 16), (64, 64), (128, 128), (64, 256), (128, 256), (20, 40)]  # channels a head, states
+SHAPES = [(64, 128), (32, 16), (64, 64), (128, 128), (64, 256), (128, 256)]  # channels a head, states
 
 
 def tolerance(dtype: torch.dtype) -> float | None:
@@ -197,6 +197,13 @@ def test_widths(ssd_cases, check_ssd_scan, headdim, state, dtype):
         pytest.skip("refused")
     for name in ("starts-beside-chunk-edges", "odd-length", "no-initial-state"):
         check_ssd_scan(ssd_cases[name], "triton", device="cuda", dtype=dtype, headdim=headdim, state=state, tolerance=tolerance(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("headdim", "state"), [(20, 64), (64, 40), (8, 64)])
+def test_other_widths_are_refused(headdim, state):
+    arguments = operands(1, 4, 2, headdim, 1, state, torch.bfloat16, "cuda")
+    assert "powers of two from 16 on only" in triton_ssd.unsupported(registry.Request(arguments))
 
 
 @pytest.mark.gpu

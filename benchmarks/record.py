@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import platform
 import re
@@ -52,11 +54,14 @@ def versions() -> dict[str, str]:
 
 
 def record(name: str, payload: dict[str, Any], device: str | None = None, folder: Path = RESULTS) -> Path:
-    """Writes ``folder/name-DEVICE-DATE.json`` with the payload, the command, versions, device and date; returns its path."""
+    """Writes ``folder/name-DEVICE-DATE.json`` with the payload, the command, versions, device and date; returns its path.
+
+    A name that is taken, by a run beside this one, gets a number: no record overwrites another.
+    """
     device = device or device_name()
     now = datetime.datetime.now(datetime.timezone.utc)
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    path = folder / f"{name}-{slug}-{now:%Y%m%dT%H%M}.json"
+    stem = f"{name}-{slug}-{now:%Y%m%dT%H%M}"
     command = " ".join([Path(sys.executable).name, *sys.argv])
     body = {
         "name": name,
@@ -67,8 +72,12 @@ def record(name: str, payload: dict[str, Any], device: str | None = None, folder
         **payload,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(body, indent=1) + "\n")
-    return path
+    for number in itertools.count(1):
+        path = folder / f"{stem}{'' if number == 1 else f'-{number}'}.json"
+        with contextlib.suppress(FileExistsError), path.open("x") as file:
+            file.write(json.dumps(body, indent=1) + "\n")
+            return path
+    raise AssertionError("unreachable")
 
 
 class Growing:
@@ -81,7 +90,7 @@ class Growing:
     def save(self, payload: dict[str, Any], device: str | None = None) -> Path:
         """Replaces what was saved before."""
         new = record(self.name, payload, device, self.folder)
-        if self.path is not None and self.path != new:
+        if self.path is not None:
             self.path.unlink()
         self.path = new
         return new

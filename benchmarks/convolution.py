@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import newest, record
+from record import conclude, rows_of
 
 # (batch, length, channels, channels of the tensor that they are a slice of, first of them)
 SHAPES = {
@@ -125,23 +125,15 @@ def show(rows: list[dict[str, Any]]) -> None:
                 print(f"    {side.replace('_', ' '):<28} forward {row[side]['forward_ms']:.3f} backward {row[side]['backward_ms']:.3f} ms")
 
 
-def main() -> int:
+def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 under a bar; without a GPU reads the newest record")
     arguments = parser.parse_args()
-    if torch.cuda.is_available():
-        rows = [measure(name) for name in SHAPES]
-        print(record("convolution", {"rows": rows}))
-    else:
-        found = newest("convolution")
-        print(f"{found['device']}, {found['date']}")
-        rows = found["rows"]
+    rows = rows_of("convolution", lambda: (measure(name) for name in SHAPES))
     show(rows)
-    failed = failures(rows) if arguments.check else []
-    print("\n".join(failed))
-    return 1 if failed else 0
+    conclude(failures(rows) if arguments.check else [])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import rows_of
+from record import conclude, rows_of
 
 TOKENS = (8, 2048)
 SLOWEST = 1.02  # of torch.nn.Linear's time: no projection may lose by more than noise
@@ -135,17 +135,15 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def main() -> int:
+def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 under a bar; without a GPU reads the newest record")
     arguments = parser.parse_args()
     rows = rows_of("projection", lambda: (measure(name, case) for name, case in CASES.items()))
     show(rows)
-    failed = failures(rows) if arguments.check else []
-    print("\n".join(failed))
-    return 1 if failed else 0
+    conclude(failures(rows) if arguments.check else [])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

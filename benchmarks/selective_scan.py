@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import rows_of
+from record import conclude, rows_of
 
 # (batch, channels, length, states): least speed-up over mamba-ssm of (forward, backward, both); None where there is no bar.
 SHAPES: dict[tuple[int, int, int, int], tuple[float | None, float | None, float | None]] = {
@@ -270,7 +270,7 @@ def tune() -> None:
     kernels.shape.cache_clear()
 
 
-def main() -> int:
+def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 under a bar; without a GPU reads the newest record")
@@ -278,13 +278,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.tune:
         tune()
-        return 0
+        return
     rows = rows_of("selective_scan", measure_all)
     show(rows)
-    failed = failures(rows) if arguments.check else []
-    print("\n".join(failed))
-    return 1 if failed else 0
+    conclude(failures(rows) if arguments.check else [])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

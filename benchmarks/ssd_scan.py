@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import rows_of
+from record import conclude, rows_of
 
 # (batch, length, heads, headdim, states, groups): least speed-up over mamba-ssm of both passes.
 SHAPES: dict[tuple[int, int, int, int, int, int], float] = {
@@ -236,7 +236,7 @@ def variants(only: int) -> None:
     triton_ssd.HOPPER = base
 
 
-def main() -> int:
+def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 under a bar; without a GPU reads the newest record")
@@ -246,13 +246,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.variants:
         variants(arguments.only)
-        return 0
+        return
     rows = rows_of("ssd_scan", lambda: (measure(size, not arguments.ours) for size in list(SHAPES)[: arguments.only]))
     show(rows)
-    failed = failures(rows) if arguments.check else []
-    print("\n".join(failed))
-    return 1 if failed else 0
+    conclude(failures(rows) if arguments.check else [])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -56,7 +56,10 @@ class Engine(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, last: bool) -> Tensor:
-        """Sum of token losses of a micro-batch, fp32, with a graph for ``backward``; ``last``: the step's last, whose backward synchronises."""
+        """Sum of token losses of a micro-batch, fp32, for ``backward``; ``last``: the step's last, whose backward synchronises.
+
+        Where both passes are replayed from a CUDA graph, it is not a number until ``backward`` has run them.
+        """
 
     @abstractmethod
     def backward(self, loss: Tensor, divisor: Tensor) -> None:

@@ -44,8 +44,8 @@ class Recorder(Protocol):
     def record(self, work: Callable[[], None]) -> Replay:
         """Calls ``work`` without running the kernels that it launches; the result runs them, on the memory that ``work`` saw."""
 
-    def has_room(self) -> bool:
-        """Whether the device has memory for a pass launch by launch, beside what recordings hold."""
+    def has_room(self, share: float) -> bool:
+        """Whether the device has memory for work launched beside recordings that needs this share of what they hold."""
 
     def forget(self) -> None:
         """Gives up the memory of all recordings."""
@@ -80,11 +80,12 @@ class CudaRecorder:
         self._held += max(0, torch.cuda.memory_reserved(self._device) - before)
         return graph.replay
 
-    def has_room(self) -> bool:
-        """See ``Recorder.has_room``: a pass needs about what the recordings hold."""
-        if torch.cuda.mem_get_info(self._device)[0] < self._held:
+    def has_room(self, share: float) -> bool:
+        """See ``Recorder.has_room``."""
+        needed = share * self._held
+        if torch.cuda.mem_get_info(self._device)[0] < needed:
             torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self._device)[0] >= self._held
+        return torch.cuda.mem_get_info(self._device)[0] >= needed
 
     def forget(self) -> None:
         """See ``Recorder.forget``."""
@@ -145,7 +146,8 @@ class MicroBatchGraphs:
         shape = tuple(batch.tokens.shape)
         begun = self._accumulated()
         if launch or self._launched or shape not in self._ready:
-            self._make_room(begun)
+            if not begun:
+                self.make_room(1.0)
             self._launched.add(shape)
             return None
         if not begun and self._overwriting not in (None, (shape, last)):
@@ -238,10 +240,13 @@ class MicroBatchGraphs:
 
     # -- ways out
 
-    def _make_room(self, begun: bool) -> None:
-        """Before a launched step: two passes' activations may be more than the device holds."""
-        if not begun and self._recordings and not self._recorder.has_room():
-            log.info("CUDA graphs: given up for a step that must be launched, for want of memory; they will be recorded again")
+    def make_room(self, share: float) -> None:
+        """Before launched work that needs this share of a training pass's memory: beside the recordings' it may be more than the device holds.
+
+        Only between steps. Whether it gives recordings up is this process's own affair: recording them again runs nothing.
+        """
+        if self._recordings and not self._recorder.has_room(share):
+            log.info("CUDA graphs: given up for work that must be launched, for want of memory; they will be recorded again")
             self._forget()
 
     def _give_up(self, error: Exception) -> None:

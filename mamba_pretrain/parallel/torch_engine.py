@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mamba_pretrain.data.batch import Batch
 
 
+# Of a training pass's memory: one block's activations and a chunk of logits, where training keeps all blocks'.
+EVALUATION_SHARE = 0.125
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grads_with_norm_ adds to the norm
 
 
@@ -157,6 +159,8 @@ class TorchEngine(Engine):
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """See ``Engine.evaluate``."""
+        if self._graphs is not None:
+            self._graphs.make_room(EVALUATION_SHARE)
         tokens, boundaries, labels = self.inputs(batch)
         with self.autocast():
             loss = self.model(tokens, boundaries, labels)

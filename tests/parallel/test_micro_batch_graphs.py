@@ -71,8 +71,8 @@ class StandIn:
 
         return replay
 
-    def has_room(self):
-        return self.room
+    def has_room(self, share):
+        return share <= self.room
 
     def forget(self):
         self.forgotten += 1
@@ -194,6 +194,18 @@ def test_loading_a_checkpoint_goes_on_with_the_same_recordings(make, worker, tmp
     recorded = graphed.recorder.recorded
     assert [train(graphed, worker, step) for step in (3, 4)] == expected
     assert graphed.recorder.recorded == recorded
+
+
+def test_an_evaluation_that_finds_no_room_has_the_recordings_made_again(make, worker):
+    graphed, launched = make(room=0.05), make(graphs=False)
+    for engine in (graphed, launched):
+        engine.seen = []
+        for step in range(4):
+            engine.seen.append(train(engine, worker, step))
+            if step == 2:
+                engine.seen.append(float(engine.evaluate(worker.my_batches(99, ALONE, 6)[0])))
+    assert graphed.seen == launched.seen
+    assert (graphed.recorder.forgotten, graphed.recorder.recorded, graphed.recorder.replays) == (1, 4, 3 * 2)
 
 
 @pytest.mark.parametrize("room", [True, False])

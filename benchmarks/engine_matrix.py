@@ -29,8 +29,8 @@ FP32 = 1e-5  # relative; sums in another order stay under 1e-6 in practice
 BF16 = 1e-3
 SAVED_AT, CONTINUED = 3, 3  # a checkpoint after 3 steps, 3 more steps by whoever loads it
 # Sequences per micro-batch; 12 make a step. Two things besides the engine move a bf16 loss by up to 8e-4 in 20 steps (measured in one process):
-# how a step is cut into micro-batches, so bf16 runs use one sequence each; and a loss scaled by a number that is no power of two. Engines that
-# average scale it by the number of processes, so 3 processes differ from 1, 2 and 4, where the scale changes no rounding at all.
+# how a step is cut into micro-batches, so bf16 runs use one sequence each; and a loss scaled by a number that is no power of two. ZeRO averages,
+# and scales it by the number of processes, so its 3 processes differ from 1, 2 and 4, where the scale changes no rounding at all.
 MICRO = {"fp32": 3, "bf16": 1}
 
 
@@ -54,7 +54,7 @@ def run_engines(steps: int, computes: list[str], root: Path) -> list[dict[str, A
     results = {}
     for world in WORLDS:
         jobs = [
-            Job(f"{engine}-{model}-{compute}", engine, model, compute, steps, micro=MICRO[compute], parallel=settings(engine, world))
+            Job(f"{engine}-{model}-{compute}", engine, model, compute, steps=steps, micro=MICRO[compute], parallel=settings(engine, world))
             for engine in engines_of(world)
             for model in TINY
             for compute in computes

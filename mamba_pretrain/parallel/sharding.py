@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -38,6 +38,12 @@ def shard(model: LanguageModel, mesh: DeviceMesh, parallel: ParallelConfig, prec
         group = [module for path, module in block.named_modules() if is_projection(f"{name}.{path}", module, policies)]
         fully_shard(group, mesh=mesh, mp_policy=low, reshard_after_forward=parallel.reshard_after_forward, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=full, reshard_after_forward=False, offload_policy=offload)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Sums, not means: the loss is divided once, by the number of tokens. To divide by the number of processes and multiply again would
+            # round bf16 gradients anew wherever that is no power of two.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
 
 
 def is_projection(name: str, module: nn.Module, policies: Mapping[str, ParameterPolicy]) -> bool:

@@ -58,8 +58,6 @@ class TorchEngine(Engine):
         parameters = [parameter for _, parameter in self._named]
         self._shards = None if mesh is None else mesh.get_group("shard")  # the processes that hold one copy together
         self._replicas = Replicas(parameters, self.topology.device) if self.name == "ddp" and self.topology.world_size > 1 else None
-        # FSDP averages over processes; the loss is divided once, by the number of tokens, so this is undone.
-        self._scale = float(self.topology.world_size) if self._sharded else 1.0
         self.optimizer = build_optimizer(self._named)
         self._graphs: MicroBatchGraphs | None = None
         if self.parallel.cuda_graphs != "off" and graphs_unsupported(self.parallel, self.name, self.topology.device.type) is None:
@@ -122,7 +120,7 @@ class TorchEngine(Engine):
             self._launched_backward(loss, divisor)
 
     def _launched_backward(self, loss: Tensor, divisor: Tensor) -> None:
-        (loss * (self._scale / divisor)).backward()
+        (loss / divisor).backward()
         if self._replicas is not None:
             self._replicas.finish()
 

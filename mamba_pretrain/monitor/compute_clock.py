@@ -43,6 +43,14 @@ def _count_waits() -> None:
     work.wait = wait
 
 
+def _seconds_between(first: Any, last: Any) -> float:
+    """Between two events of a recording; 0 while no replay has passed both, negative while a later one is between them."""
+    try:
+        return first.elapsed_time(last) / 1000 if first.query() and last.query() else 0.0
+    except RuntimeError:  # CUDA's word for an event that no replay has reached yet
+        return 0.0
+
+
 class ComputeClock:
     """Adds up the time of a model's training forward passes; ``take`` returns the sum since the last ``take``.
 
@@ -98,8 +106,7 @@ class ComputeClock:
 
     def _of_recorded(self) -> float:
         """Seconds of a recorded pass: the last that is finished and not begun again."""
-        times = [first.elapsed_time(last) / 1000 for first, last in self._recorded if first.query() and last.query()]
-        times = [seconds for seconds in times if seconds > 0.0]
+        times = [seconds for first, last in self._recorded if (seconds := _seconds_between(first, last)) > 0.0]
         if times:
             self._recorded_seconds = sum(times) / len(times)
         return self._recorded_seconds

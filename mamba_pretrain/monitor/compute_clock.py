@@ -10,6 +10,7 @@ A forward pass that is recorded as a CUDA graph takes its events along, and ever
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
@@ -17,6 +18,9 @@ from typing import Any, TypeVar
 import torch
 
 Result = TypeVar("Result")
+
+# Pairs of events of recorded passes that are looked at: the newest, since recordings that are given up and made again leave theirs behind.
+RECORDINGS = 8
 
 _waited = 0.0  # seconds this process has spent in Work.wait since _count_waits
 _counting = False
@@ -62,7 +66,7 @@ class ComputeClock:
         self._cuda = device.type == "cuda"
         self._seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
-        self._recorded: list[tuple[Any, Any]] = []
+        self._recorded: deque[tuple[Any, Any]] = deque(maxlen=RECORDINGS)
         self._recorded_seconds = 0.0  # of one pass
         self._passes = 0  # micro-batches whose forward pass was not launched, since the last `take`
         self._finish: Callable[[], None] | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.common import triton_unsupported
-from mamba_pretrain.ops.kernel_arguments import adjacent
+from mamba_pretrain.ops.kernel_arguments import adjacent, on_device_of
 from mamba_pretrain.ops.registry import Request
 
 MAX_STATES = 256
@@ -49,7 +49,7 @@ def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> 
 
     x, (rows, channels), block = adjacent(x), x.shape, 128
     y = x.new_empty(rows, channels)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         triton_step_kernels.conv_step[(-(-channels // block), rows)](
             x, weight.contiguous(), bias, state, y, x.stride(0), channels,
             HAS_BIAS=bias is not None, TAPS=weight.shape[1], BLOCK=block, num_warps=4,
@@ -78,7 +78,7 @@ def selective_step(
     y = u.new_empty(rows, channels)
     # A program keeps what all rows share (A, the projection's rows) and walks over a few; a small batch needs every program it can get.
     block, walked = 16 if rows < 8 else 32, 4 if rows >= 32 and rows % 4 == 0 else 1
-    with torch.cuda.device_of(u):
+    with on_device_of(u):
         triton_step_kernels.selective_step[(-(-channels // block), rows // walked)](
             u, dt, dt_weight.contiguous(), dt_bias, A_log.contiguous(), B, C, D, z, state, y,
             u.stride(0), dt.stride(0), B.stride(0), C.stride(0), z.stride(0), channels, states, dt_weight.shape[1],
@@ -106,7 +106,7 @@ def ssd_step(
     rows, heads, width, states = state.shape
     y = x.new_empty(rows, heads, width)
     block = min(16, _power(width))
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         triton_step_kernels.ssd_step[(-(-width // block), heads, rows)](
             x, dt, dt_bias, A_log, B, C, D, state, y, x.stride(0), dt.stride(0), B.stride(0), C.stride(0),
             width, states, heads // B.shape[1], *dt_limit, BLOCK=block, STATES=_power(states), num_warps=4,

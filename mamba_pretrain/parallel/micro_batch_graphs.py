@@ -129,9 +129,8 @@ class MicroBatchGraphs:
         self._recordings: dict[Key, _Recording] = {}
         self._batches: dict[tuple[int, ...], Batch] = {}
         self._gradients: list[Tensor | None] | None = None
-        self._overwriting: tuple[tuple[int, ...], bool] | None = (
-            None  # shape and place in a step of the graph that made the gradients' buffers
-        )
+        # Shape, and place in a step, of the graph that made the gradients' buffers.
+        self._overwriting: tuple[tuple[int, ...], bool] | None = None
         self._launched: set[tuple[int, ...]] = set()  # shapes of this step
         self._ready: set[tuple[int, ...]] = set()  # shapes of earlier steps, whose kernels are compiled and tuned
         self._pending: tuple[_Recording, Tensor] | None = None
@@ -225,7 +224,6 @@ class MicroBatchGraphs:
         return self._batches[shape]
 
     def _record(self, batch: Batch, overwrite: bool, last: bool) -> _Recording:
-
         def work() -> None:
             # Views: what is remembered by tensor (documents' numbers) is then computed in every recording, and by every replay.
             self._loss.copy_(self._run(batch.map(lambda t: t.view_as(t)), self._divisor, last))

@@ -144,11 +144,12 @@ def _run(block: nn.Module, arguments: tuple[Any, ...], recompute: str) -> Tensor
 
 def _policy(mode: str) -> Callable[..., CheckpointPolicy]:
     """As parallel/recompute.py; what the stand-in of a scan allocates as its result is what the scan's operator returns."""
+    real = policy_of(mode)
 
     def policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
         if mode == "selective" and kernels.is_scan_result(operation):
             return CheckpointPolicy.MUST_SAVE
-        return policy_of(mode)(context, operation, *arguments, **named)
+        return real(context, operation, *arguments, **named)
 
     return policy
 

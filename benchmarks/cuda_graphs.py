@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import train_step
 from peers import Setting, ours
-from record import RESULTS, conclude, newest, record
+from record import RESULTS, conclude, newest, record, require_gpus
 
 WARM_UP = 4  # steps: one is launched whatever the mode, one records
 IDLE = 3  # steps that find the device idle
@@ -121,8 +121,7 @@ def main() -> None:
     if arguments.check:
         result = newest("cuda_graphs")
     else:
-        if not torch.cuda.is_available():
-            parser.error("this machine has no GPU; --check reads the newest record")
+        require_gpus(parser)
         rows = []
         for name in arguments.models.split(","):
             sizes = arguments.batch, arguments.length, arguments.steps, arguments.accumulation

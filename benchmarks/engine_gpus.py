@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from engine_worker import start_processes
-from record import RESULTS, Growing, conclude, newest
+from record import RESULTS, Growing, conclude, newest, require_gpus
 from weights import quick_initialization
 
 MODELS = {
@@ -249,6 +249,8 @@ def main() -> None:
     if arguments.worker:
         worker(arguments.worker)
         return
+    if not arguments.check:
+        require_gpus(parser, arguments.gpus)
     payload = newest("engine_gpus") if arguments.check else measure(arguments)
     conclude(failures(payload))
 

@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import train_step
 from peers import Setting, ours
-from record import RESULTS, Growing, conclude, newest
+from record import RESULTS, Growing, conclude, newest, require_gpus
 
 SPEEDUP, LOSS_DIFFERENCE = 1.15, 0.005
 STEP_MODEL, STEP_BATCH, WARM_UP = "mamba1-1.4b", 8, 4
@@ -316,8 +316,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.check:
         conclude(check(newest("fp8")))
-    if not torch.cuda.is_available():
-        parser.error("this machine has no GPU; --check reads the newest record")
+    require_gpus(parser)
     if arguments.tune:
         tune()
         return

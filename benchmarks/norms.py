@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import conclude, rows_of
+from record import conclude, require_gpus, rows_of
 
 from mamba_pretrain.ops import registry, triton_norm
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", metavar="SHAPE", help="times other ways to run the backward passes; needs a GPU")
     arguments = parser.parse_args()
     if arguments.variants is not None:
+        require_gpus(parser)
         variants(arguments.variants or ["rms_norm 1.4b", "gated_rms_norm 1.3b"])
         return
     rows = rows_of("norms", lambda: (measure_one(name) for name in SHAPES))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import RESULTS, Growing, newest
+from record import RESULTS, Growing, newest, require_gpus
 from weights import quick_initialization
 
 TOLERANCE, LEAST_POINTS = 0.10, 8
@@ -239,10 +239,7 @@ def main() -> None:
     if arguments.check:
         found = newest("plan_memory")
     else:
-        import torch
-
-        if not torch.cuda.is_available():
-            parser.error("this machine has no GPU; --check reads the newest record")
+        require_gpus(parser)
         found = measure_all(arguments.models.split(","), arguments.seconds, Growing("plan_memory", arguments.output).save)
     failed = check(found)
     for line in failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -108,6 +109,15 @@ def every(name: str, device_contains: str = "", folder: Path = RESULTS) -> list[
     if not records:
         sys.exit(f"no record of {name} under {folder}; run benchmarks/{name}.py on the machine to be measured")
     return sorted(records, key=lambda r: r["date"])
+
+
+def require_gpus(parser: argparse.ArgumentParser, count: int = 1) -> None:
+    """Ends the program with a sentence, exit code 2, where there are fewer GPUs than a measurement needs."""
+    import torch
+
+    if (found := torch.cuda.device_count()) < count:
+        there = "no GPU" if found == 0 else f"{found} of the {count} GPUs that this needs"
+        parser.error(f"this machine has {there}; --check reads the newest record")
 
 
 def rows_of(name: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:

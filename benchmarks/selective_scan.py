@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import conclude, rows_of
+from record import conclude, require_gpus, rows_of
 
 # (batch, channels, length, states): least speed-up over mamba-ssm of (forward, backward, both); None where there is no bar.
 SHAPES: dict[tuple[int, int, int, int], tuple[float | None, float | None, float | None]] = {
@@ -277,6 +277,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="time block shapes")
     arguments = parser.parse_args()
     if arguments.tune:
+        require_gpus(parser)
         tune()
         return
     rows = rows_of("selective_scan", measure_all)

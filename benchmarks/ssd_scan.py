@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import conclude, rows_of
+from record import conclude, require_gpus, rows_of
 
 # (batch, length, heads, headdim, states, groups): least speed-up over mamba-ssm of both passes.
 SHAPES: dict[tuple[int, int, int, int, int, int], float] = {
@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--ours", action="store_true", help="without mamba-ssm")
     arguments = parser.parse_args()
     if arguments.variants:
+        require_gpus(parser)
         variants(arguments.only)
         return
     rows = rows_of("ssd_scan", lambda: (measure(size, not arguments.ours) for size in list(SHAPES)[: arguments.only]))

@@ -42,7 +42,8 @@ def check(op: str, call, inputs: list[torch.Tensor]) -> None:
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         tolerance = 1e-5 if a.dtype == torch.float32 and inputs[0].dtype == torch.float32 else 1.6e-2
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+        # Of a row of one element the gradient is what rounding leaves of terms of about one that cancel.
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(b.abs().max().item(), 0.1))
 
 
 def check_all(device: str, sizes: tuple[int, ...]) -> None:
@@ -90,7 +91,8 @@ def check_step(op: str, call, inputs: dict[str, torch.Tensor], state: torch.Tens
         assert a.dtype == b.dtype
         exact = {t.dtype for t in (a, state, next(iter(inputs.values())))} == {torch.float32}
         tolerance = 1e-5 if exact else 1.6e-2
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+        # Of a row of one element the gradient is what rounding leaves of terms of about one that cancel.
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(b.abs().max().item(), 0.1))
 
 
 def check_steps(device: str, batches: tuple[int, ...]) -> None:

@@ -186,7 +186,8 @@ def test_cases(short_ssd_scan_case, check_ssd_scan, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["over-a-segment", "large-chunks"])
 def test_long_cases(ssd_cases, check_ssd_scan, name):
-    check_ssd_scan(ssd_cases[name], "triton", device="cuda", dtype=torch.bfloat16, batch=1, heads=2, groups=1, headdim=64, state=128)
+    # With two heads both sums of dD over 2,051 steps happen to cancel, and the rounding of dy alone shows as 5%, in every implementation.
+    check_ssd_scan(ssd_cases[name], "triton", device="cuda", dtype=torch.bfloat16, batch=1, heads=4, groups=1, headdim=64, state=128)
 
 
 @pytest.mark.gpu

@@ -44,7 +44,7 @@ class Tuning:
 HOPPER = {
     "scan_forward": (Tuning(2, 16, (4,), polynomial_every=8),),
     "scan_carry": (Tuning(2, 16, (4,)),),
-    "scan_backward": (Tuning(4, 8, (4, 8)), Tuning(2, 12, (12, 4), cost=1.15, most_states=16)),
+    "scan_backward": (Tuning(4, 8, (4, 8)), Tuning(2, 12, (4, 12), cost=1.15, most_states=16)),
 }
 PORTABLE = {
     "scan_forward": (Tuning(2, 8, (4,)),),
@@ -70,7 +70,10 @@ class Shape:
 
 @functools.cache
 def shape(kernel: str, device: int, dtype: torch.dtype, batch: int, length: int, channels: int, states: int) -> Shape:
-    """The cheapest shape, by the steps that the busiest scheduler of the device must do."""
+    """The cheapest shape, by the steps that the busiest scheduler of the device must do.
+
+    Checkpoints are in the order of the backward kernel's quads, so the forward kernel's have no more channels than those.
+    """
     properties = torch.cuda.get_device_properties(device)
     processors, hopper = properties.multi_processor_count, (properties.major, properties.minor) == (9, 0)
     best, best_cost = None, math.inf
@@ -78,6 +81,8 @@ def shape(kernel: str, device: int, dtype: torch.dtype, batch: int, length: int,
         if states > tuned.most_states:
             continue
         per_quad = min(tuned.lane_channels, max(1, 64 // states))
+        if kernel == "scan_forward" and per_quad > shape("scan_backward", device, dtype, batch, length, channels, states).lane_channels:
+            continue
         for warps in tuned.warps:
             blocks = -(-channels // (warps * 8 * per_quad))
             free = tuned.resident * processors // (batch * blocks * warps)

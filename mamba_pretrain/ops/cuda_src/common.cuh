@@ -175,23 +175,3 @@ DEVICE void copy_tile(scalar_t* tile, const Rows& from, int batch, int step, int
         }
     }
 }
-
-// -- sums over the four lanes of a quad -----------------------------------------------------------------------------------
-
-// Adds two lanes' values where one of them wants the sums of `lower`, the other (whose `bit` is set) those of `upper`: each sends what the other keeps.
-template <int K>
-DEVICE void quad_exchange(float (&kept)[K], const float (&lower)[K], const float (&upper)[K], int bit) {
-    const bool up = threadIdx.x & bit;
-#pragma unroll
-    for (int i = 0; i < K; ++i) kept[i] = (up ? upper[i] : lower[i]) + __shfl_xor_sync(FULL_WARP, up ? lower[i] : upper[i], bit);
-}
-
-// Sums over the quad, whose lanes differ in BIT and 2 * BIT, of four times K values; its lane number r receives the sums of values[r].
-// Exact, and of a fixed order.
-template <int BIT, int K>
-DEVICE void quad_sums(float (&sums)[K], const float (&values)[4][K]) {
-    float first[K], second[K];
-    quad_exchange(first, values[0], values[1], BIT);
-    quad_exchange(second, values[2], values[3], BIT);
-    quad_exchange(sums, first, second, 2 * BIT);
-}

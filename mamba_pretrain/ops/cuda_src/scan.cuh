@@ -187,3 +187,21 @@ DEVICE void store_row(scalar_t* row, int first, int channels, const float (&v)[C
         if (inside && first + c < channels) row[first + c] = from_float(v[c]);
 #endif
 }
+
+// Sums over a quad of four times K values through shared memory: lane number r of the quad receives the sums of what its lanes put as number r.
+// Exact, of a fixed order. Rows are one pair of quads apart from a multiple of the banks, so that neither way meets a bank twice. Between the
+// last put and a take, and before the next put, the warp must meet (__syncwarp).
+template <int K>
+struct QuadSums {
+    static constexpr int ROW = (32 + PART_BIT) * K, SIZE = (QUAD - 1) * ROW + 32 * K;
+    float* buffer;  // SIZE floats
+    DEVICE void put(int number, int lane, const float (&values)[K]) const { store<K>(buffer + lane * K + number * ROW, values); }
+    DEVICE void take(int lane, float (&sums)[K]) const {
+        const float* row = buffer + (lane & ~((QUAD - 1) * PART_BIT)) * K + part_of(lane) * ROW;
+        float x[QUAD][K];
+#pragma unroll
+        for (int k = 0; k < QUAD; ++k) load<K>(row + k * PART_BIT * K, x[k]);
+#pragma unroll
+        for (int i = 0; i < K; ++i) sums[i] = (x[0][i] + x[1][i]) + (x[2][i] + x[3][i]);
+    }
+};

@@ -8,8 +8,8 @@
 //   1. activations become floats in shared memory; each warp for its own channels, B and C for the whole block;
 //   2. the states before each SUB steps are rebuilt and set aside in shared memory;
 //   3. from the last SUB steps to the first: decays and states in registers, C . state and dC on the way forward, the adjoint
-//      recurrence and everything else on the way back. Sums over a channel's states are exact, by shuffles, which
-//      leave each lane with one whole step to finish and to store in vectors;
+//      recurrence and everything else on the way back. Sums over a channel's states are exact, through shared memory, where
+//      each lane collects one whole step to finish and to store in vectors;
 //   4. sums over channels (dB, dC) are exchanged between lanes, collected per block, and added over blocks by scan_reduce.
 //
 // No atomics: every sum has a fixed order. The states of a lane are permuted by its quad number (slot n holds state n ^ twist), so
@@ -21,6 +21,8 @@ constexpr int SUBS = TILE / SUB;
 constexpr int PITCH = WARP_CHANNELS + (CPT == 4 ? 4 : 0);  // of rows that a quad's lanes read at four steps: spreads these over the banks
 constexpr int KEPT = NPT / TWISTS;               // sums of a lane that are left after the exchanges without choice
 constexpr int STATE_VECTORS = CPT * NPT / VECTOR;
+constexpr int STATE_FLOATS = STATE_VECTORS * 32 * VECTOR;  // of a warp at one step
+constexpr int BEYOND = QuadSums<CPT>::SIZE > STATE_FLOATS ? QuadSums<CPT>::SIZE - STATE_FLOATS : 4;  // sums take more than one step's states
 static_assert(SUB == QUAD, "each lane of a quad finishes one step");
 
 // The time step where a document begins is scaled by a power of two, which the end of its computation takes back: any decay underflows.
@@ -60,6 +62,7 @@ struct BackwardWarp {  // a warp's shared memory
     float dy[TILE][PITCH];
     float dBC[2][TILE][STATES];
     float states[SUBS][STATE_VECTORS][32][VECTOR];  // before each SUB steps, one lane's side by side
+    float beyond[BEYOND];
     float dD[32][4];                                // a lane's share: of the channels that it turns into floats,
     float dbias[32][CPT];                           // and of those that it finishes
     float D[WARP_CHANNELS];
@@ -67,7 +70,7 @@ struct BackwardWarp {  // a warp's shared memory
 };
 
 struct BackwardBlock {
-    scalar_t bc[2][TILE][2 * STATES];
+    scalar_t bc[TILE][2 * STATES];
     float B[TILE][TWISTS][STATES];
     float C[TILE][TWISTS][STATES];
     BackwardWarp warps[WARPS];
@@ -98,8 +101,12 @@ struct Backward {
 #if HAS_Z
         copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z(stage)[0], p.z, batch, start, channel0, rows, cols, lane);
 #endif
-        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0], p.B, batch, start, 0, rows, STATES, threadIdx.x);
-        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0] + STATES, p.C, batch, start, 0, rows, STATES, threadIdx.x);
+    }
+
+    DEVICE void issue_bc(int start, int end) const {
+        const int rows = end - start;
+        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[0], p.B, batch, start, 0, rows, STATES, threadIdx.x);
+        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[0] + STATES, p.C, batch, start, 0, rows, STATES, threadIdx.x);
         commit_copies();
     }
 
@@ -211,6 +218,10 @@ struct Backward {
         }
     }
 
+    // Where the states before these steps lay, which are read by now; of the first steps those before the second, whose place is free, since
+    // the states before the next tile arrive in theirs.
+    DEVICE QuadSums<CPT> sums(int sub) const { return {&tile.states[max(sub, 1)][0][0][0]}; }
+
     // Adds one step's contributions over the quads of a pair of lanes, of four quads if TWISTS allows; leaves KEPT sums.
     DEVICE void exchange(float (&v)[NPT], float (&kept)[KEPT]) const {
 #pragma unroll
@@ -306,12 +317,13 @@ struct Backward {
 
     // Forward over SUB steps: decays, states (h[i] before step i) and what they alone give, C . state and dC.
     DEVICE void ahead(int sub, const float (&rate)[CPT][NPT], float (&a)[SUB][CPT][NPT], float (&h)[SUB + 1][CPT][NPT], float (&y)[CPT]) const {
-        float parts[SUB][CPT], even[KEPT], odd[KEPT];
+        float even[KEPT], odd[KEPT];
         load_state(sub, h[0]);
+        __syncwarp();  // all lanes have read what the sums take the place of
         unrolled<SUB>([&](auto i_) {
             constexpr int i = decltype(i_)::value;
             const int step = sub * SUB + i;
-            float B[NPT], C[NPT], delta[CPT], input[CPT], dy[CPT], dC[NPT] = {};
+            float B[NPT], C[NPT], delta[CPT], input[CPT], dy[CPT], parts[CPT], dC[NPT] = {};
             load<NPT>(&block.B[step][twist()][part() * NPT], B);
             load<NPT>(&block.C[step][twist()][part() * NPT], C);
             load<CPT>(&tile.time_step[step][own()], delta);
@@ -327,22 +339,27 @@ struct Backward {
                     sum = fmaf(C[n], h[i + 1][c][n], sum);
                     dC[n] = fmaf(dy[c], h[i + 1][c][n], dC[n]);
                 });
-                parts[i][c] = sum;
+                parts[c] = sum;
             });
-            if constexpr (HAS_Z && i == SUB - 1) quad_sums<PART_BIT>(y, parts);
+            if constexpr (HAS_Z) sums(sub).put(i, lane, parts);
             exchange(dC, i % 2 ? odd : even);
             if constexpr (i % 2) collect(tile.dBC[1], step - 1, even, odd);
         });
+        if constexpr (HAS_Z) {
+            __syncwarp();
+            sums(sub).take(lane, y);
+            __syncwarp();
+        }
     }
 
     // Back over SUB steps: the adjoint g, and everything that needs it.
     DEVICE void back(int sub, const float (&rate)[CPT][NPT], const float (&a)[SUB][CPT][NPT], const float (&h)[SUB + 1][CPT][NPT], float (&g)[CPT][NPT],
                      float (&dA)[CPT][NPT], float (&dinput)[CPT], float (&dlog)[CPT]) const {
-        float parts[SUB][CPT], log_parts[SUB][CPT], even[KEPT], odd[KEPT];
+        float log_parts[SUB][CPT], even[KEPT], odd[KEPT];
         unrolled<SUB>([&](auto i_) {
             constexpr int i = SUB - 1 - decltype(i_)::value;
             const int step = sub * SUB + i;
-            float B[NPT], C[NPT], delta[CPT], input[CPT], dy[CPT], dB[NPT] = {};
+            float B[NPT], C[NPT], delta[CPT], input[CPT], dy[CPT], parts[CPT], dB[NPT] = {};
             load<NPT>(&block.B[step][twist()][part() * NPT], B);
             load<NPT>(&block.C[step][twist()][part() * NPT], C);
             load<CPT>(&tile.time_step[step][own()], delta);
@@ -361,16 +378,20 @@ struct Backward {
                     log_sum = fmaf(dexponent, rate[c][n], log_sum);
                     dA[c][n] = fmaf(dexponent, delta[c], dA[c][n]);
                 });
-                parts[i][c] = sum;
+                parts[c] = sum;
                 log_parts[i][c] = log_sum;
             });
-            if constexpr (i == 0) {
-                quad_sums<PART_BIT>(dinput, parts);
-                quad_sums<PART_BIT>(dlog, log_parts);
-            }
+            sums(sub).put(i, lane, parts);
             exchange(dB, i % 2 ? odd : even);
             if constexpr (i % 2 == 0) collect(tile.dBC[0], step, even, odd);
         });
+        __syncwarp();
+        sums(sub).take(lane, dinput);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < SUB; ++i) sums(sub).put(i, lane, log_parts[i]);
+        __syncwarp();
+        sums(sub).take(lane, dlog);
     }
 
     // dB and dC of a tile, summed over the warps of the block. All threads.
@@ -423,6 +444,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     documents.prefetch(p.seq_idx, seq_row, last, p.length, lane);
     scan.issue_checkpoint(last);
     scan.issue(last, end, 0);
+    scan.issue_bc(last, end);
     int stage = 0;
     for (int start = last; start >= begin; start -= TILE, stage ^= 1) {
         const int valid = min(TILE, end - start);
@@ -434,9 +456,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             scan.issue(start - TILE, end, stage ^ 1);
             documents.prefetch(p.seq_idx, seq_row, start - TILE, p.length, lane);
         }
-        convert_bc(block.bc[stage], block.B, block.C);
+        convert_bc(block.bc, block.B, block.C);
         scan.prepare(stage, starts, valid);
         __syncthreads();
+        if (start > begin) scan.issue_bc(start - TILE, end);
         scan.rebuild(rate);
 #pragma unroll 1
         for (int sub = SUBS - 1; sub >= 0; --sub) {

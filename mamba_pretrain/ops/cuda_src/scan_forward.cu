@@ -6,8 +6,8 @@
 //   1. activations become floats in shared memory: time steps (softplus) and their products with u, each warp for its own channels;
 //      B and C for the whole block, a tile ahead, so that one barrier a tile is enough. That barrier also keeps the warps of a
 //      multiprocessor abreast: left alone, some would finish early and leave the others without company to hide latency;
-//   2. the recurrence, with states in registers; C . state is summed over a quad by shuffles, which also hand every lane whole
-//      steps (on the tensor cores it takes 7% longer and rounds);
+//   2. the recurrence, with states in registers; C . state is summed over a quad through shared memory, where every lane collects
+//      whole steps (by shuffles it takes 2% longer, on the tensor cores 9%, which also round);
 //   3. these it finishes (skip, gate) and stores in vectors.
 // The state before each tile is kept for the backward pass.
 #include "scan.cuh"
@@ -37,6 +37,7 @@ struct ForwardWarp {  // a warp's shared memory
 #endif
     float time_step[TILE][WARP_CHANNELS];
     float input[TILE][WARP_CHANNELS];
+    float sums[QuadSums<4>::SIZE];
 };
 
 struct ForwardBlock {
@@ -107,6 +108,7 @@ struct Forward {
     // The recurrence over a tile.
     DEVICE void walk(int stage, int start, int valid, int twist, const float (&D)[CPT], const float (&rate)[CPT][NPT], float (&h)[CPT][NPT]) const {
         const int part = part_of(lane), own = quad_of<TWIN>(lane) * CPT;
+        const QuadSums<4> exchange{tile.sums};
 #pragma unroll 1
         for (int group = 0; group < TILE; group += GROUP) {
             float sums[4], parts[QUAD][4];
@@ -132,7 +134,11 @@ struct Forward {
                     });
                 }
             }
-            quad_sums<PART_BIT>(sums, parts);
+            __syncwarp();  // all lanes have taken what they put before
+#pragma unroll
+            for (int i = 0; i < QUAD; ++i) exchange.put(i, lane, parts[i]);
+            __syncwarp();
+            exchange.take(lane, sums);
             finish(stage, start, group + part * STEPS_A_LANE, valid, own, D, sums);
         }
     }

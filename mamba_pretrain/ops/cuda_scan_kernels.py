@@ -43,7 +43,7 @@ class Tuning:
 # Measured on an H100 (docs/kernels.md) with 16-bit activations. Elsewhere PORTABLE is used: blocks that fit in 99 KiB of shared memory.
 HOPPER = {
     "scan_forward": (Tuning(2, 16, (4,), polynomial_every=8),),
-    "scan_carry": (Tuning(2, 16, (4,)),),
+    "scan_carry": (Tuning(4, 8, (4,)),),
     "scan_backward": (Tuning(4, 8, (4, 8)), Tuning(2, 12, (12, 4), cost=1.15, most_states=16)),
 }
 PORTABLE = {
@@ -247,9 +247,9 @@ def whole_vectors(width: int, *tensors: Tensor | None) -> bool:
     return found % chunk == 0
 
 
-def _join(ops: Operands, carry: Tensor, delta_sum: Tensor, outer: Tensor | None, reverse: bool) -> Tensor:
-    received = torch.empty_like(carry)
-    params = JoinParams(*map(pointer, (ops.A, delta_sum, carry, outer, received)), ops.batch, ops.channels, carry.shape[1], int(reverse))
+def _join(ops: Operands, segments: Segments, carry: Tensor, delta_sum: Tensor, outer: Tensor | None, reverse: bool) -> Tensor:
+    received = ops.new(ops.batch, segments.count, ops.channels, ops.states)
+    params = JoinParams(*map(pointer, (ops.A, delta_sum, carry, outer, received)), ops.batch, ops.channels, segments.count, int(reverse))
     ops.plain_kernel("scan_join")((math.ceil(ops.batch * ops.channels * ops.states / 256), 1, 1), params)
     return received
 
@@ -258,8 +258,9 @@ def _received(ops: Operands, segments: Segments, values: Tensor, outer: Tensor |
     """What each segment receives (batch, segments, channels, states); ``outer`` itself if there is only one."""
     if segments.count == 1:
         return outer
-    carry = ops.new(ops.batch, segments.count, ops.channels, ops.states)
-    delta_sum = ops.new(ops.batch, segments.count, ops.channels)
+    links = segments.count - 1
+    carry = ops.new(ops.batch, links, ops.channels, ops.states)
+    delta_sum = ops.new(ops.batch, links, ops.channels)
     params = CarryParams(
         *map(rows, (values, ops.delta, ops.z, ops.C if reverse else ops.B)),
         *map(pointer, (ops.A, ops.delta_bias, ops.seq_idx, carry, delta_sum)),
@@ -268,8 +269,8 @@ def _received(ops: Operands, segments: Segments, values: Tensor, outer: Tensor |
         *segments,
     )
     kernel = ops.kernel("scan_carry", values, int(reverse))
-    kernel((ops.shape("scan_carry").blocks, ops.batch, segments.count), params)
-    return _join(ops, carry, delta_sum, outer, reverse)
+    kernel((ops.shape("scan_carry").blocks, ops.batch, links), params)
+    return _join(ops, segments, carry, delta_sum, outer, reverse)
 
 
 # -- the two passes -----------------------------------------------------------------------------------------------------------------------

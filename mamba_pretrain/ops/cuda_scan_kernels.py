@@ -48,7 +48,7 @@ HOPPER = {
 }
 PORTABLE = {
     "scan_forward": (Tuning(2, 8, (4,)),),
-    "scan_carry": (Tuning(2, 8, (4,)),),
+    "scan_carry": (Tuning(2, 8, (2,)),),
     "scan_backward": (Tuning(4, 4, (2,)),),
 }
 # Time of the pass that finds what segments carry, as a share of the pass over them.
@@ -254,7 +254,7 @@ def _join(ops: Operands, segments: Segments, carry: Tensor, delta_sum: Tensor, o
     return received
 
 
-def _received(ops: Operands, segments: Segments, values: Tensor, outer: Tensor | None, reverse: bool) -> Tensor | None:
+def received_by_segments(ops: Operands, segments: Segments, values: Tensor, outer: Tensor | None, reverse: bool) -> Tensor | None:
     """What each segment receives (batch, segments, channels, states); ``outer`` itself if there is only one."""
     if segments.count == 1:
         return outer
@@ -283,7 +283,7 @@ def forward(ops: Operands, initial: Tensor | None, save: bool) -> tuple[Tensor, 
     checkpoints = ops.new(ops.batch, ops.tiles, ops.channels, ops.states) if save else ops.new(0)
     shape = ops.shape("scan_forward")
     segments = ops.cut(shape.segments)
-    received = _received(ops, segments, ops.u, initial, reverse=False)
+    received = received_by_segments(ops, segments, ops.u, initial, reverse=False)
     params = ForwardParams(
         *map(rows, (ops.u, ops.delta, ops.z, ops.B, ops.C)),
         *map(pointer, (y, ops.A, ops.D, ops.delta_bias, ops.seq_idx, received, final, checkpoints if save else None)),
@@ -335,7 +335,7 @@ def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Te
     grads = Gradients.empty(ops)
     shape = ops.shape("scan_backward")
     segments = ops.cut(shape.segments)
-    received = _received(ops, segments, dout, dfinal, reverse=True)
+    received = received_by_segments(ops, segments, dout, dfinal, reverse=True)
     blocks, parts = shape.blocks, ops.batch * segments.count
     dBC = ops.new(ops.batch, blocks, 2, ops.length, ops.states)
     dA, dD, dbias = ops.new(parts, ops.channels, ops.states), ops.new(parts, ops.channels), ops.new(parts, ops.channels)

@@ -10,9 +10,9 @@
 // comes adds zeros. So pairs that are through are written, the others move together whenever they fit into half of the slots, and
 // likewise the channels that have any; with none left the warp stops. A document's start is a time step that ends all pairs.
 //
-// Nothing that fp32 could see is dropped. Only a value that is not finite may be: a recurrence would multiply it with zero, which gives
-// NaN, where the walk may have stopped before it. The pass over its own segment shows it in any case.
-// A > 0 works as long as it grows by less than 2^127 within a segment.
+// What is dropped has decayed by 2^-126: it would have to be 2^100 times as large as what comes behind it to be seen in fp32.
+// A value that is not finite may be dropped as well, where a recurrence would multiply it with zero and pass NaN on; the pass over its
+// own segment shows it in any case. A > 0 works as long as it lets nothing grow by 2^127 within a segment.
 #include "scan.cuh"
 
 struct CarryParams {
@@ -31,6 +31,7 @@ struct CarryParams {
 constexpr bool GATED = REVERSE && HAS_Z;
 constexpr int SLOTS = CPT * NPT;                                  // (channel, state) pairs of a lane
 constexpr int STEPS = TILE / QUAD;                                // that a lane prepares, of CPT channels
+constexpr int STAGES = 3;                                         // tiles on the way or in use: late in a walk one takes less time than its copy
 constexpr int RAW_PITCH = WARP_CHANNELS + 16 / sizeof(scalar_t);  // of rows that lanes read at four steps: spreads these over the banks
 constexpr int DIRECTION = REVERSE ? TILE : -TILE;
 constexpr float UNDERFLOW = -126.f;                               // exp2 of anything below is exactly 0
@@ -38,10 +39,10 @@ constexpr float LEAST_RATE = -1e38f;                              // finite, sin
 constexpr float EMPTY = -3e38f;                                   // in place of a rate: a slot without a pair
 
 struct CarryTile {  // a warp's shared memory
-    scalar_t values[2][TILE][RAW_PITCH];
-    scalar_t delta[2][TILE][RAW_PITCH];
-    scalar_t z[GATED ? 2 : 1][GATED ? TILE : 1][RAW_PITCH];
-    scalar_t bc[2][TILE][STATES];
+    scalar_t values[STAGES][TILE][RAW_PITCH];
+    scalar_t delta[STAGES][TILE][RAW_PITCH];
+    scalar_t z[GATED ? STAGES : 1][GATED ? TILE : 1][RAW_PITCH];
+    scalar_t bc[STAGES][TILE][STATES];
     float steps[TILE][WARP_CHANNELS + 2][2];  // S_t, and what B or C is multiplied with; a pitch as above
     float bc_float[TILE][STATES];
     float sum[WARP_CHANNELS];                 // of the time steps up to here
@@ -76,13 +77,12 @@ struct CarryWarp {
 
     DEVICE static void move(Rows& rows, int batch, int step, int channel = 0) { rows.data = rows.at(batch, step) + channel; }
 
-    // Moving pointers take half of the instructions that addresses from the beginning of the tensors take.
+    // Fetches a tile, and moves on.
     DEVICE void issue(int rows, int stage) {
         copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, RAW_PITCH, 32>(tile.values[stage][0], values, 0, 0, 0, rows, channels, lane);
         copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, RAW_PITCH, 32>(tile.delta[stage][0], delta, 0, 0, 0, rows, channels, lane);
         if constexpr (GATED) copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, RAW_PITCH, 32>(tile.z[stage][0], z, 0, 0, 0, rows, channels, lane);
         copy_tile<VECTOR_BC, TILE, STATES, STATES, 32>(tile.bc[stage][0], BC, 0, 0, 0, rows, STATES, lane);
-        commit_copies();
         move(values, 0, DIRECTION);
         move(delta, 0, DIRECTION);
         if constexpr (GATED) move(z, 0, DIRECTION);
@@ -266,7 +266,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_carry(con
     DocumentStarts documents;
     const offset_t seq_row = offset_t(batch) * p.length;
     documents.prefetch(p.seq_idx, seq_row, first, p.length, lane);
-    warp.issue(end - first, 0);
+    for (int k = 0; k < STAGES - 1; ++k) {
+        if (k < tiles) warp.issue(end - (first + k * DIRECTION), k);
+        commit_copies();
+    }
 
     Pairs pairs;
 #pragma unroll
@@ -281,22 +284,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_carry(con
     Columns columns;
     warp.take(columns);
 
+    int stage = 0, free_stage = STAGES - 1;
     for (int k = 0; k < tiles && pairs.slots > 0; ++k) {
-        const int start = first + k * DIRECTION, next = start + DIRECTION, stage = k & 1;
+        const int start = first + k * DIRECTION;
         const unsigned starts = documents.mask(start, p.length, lane);
-        wait_copies();
+        wait_copies<STAGES - 2>();
         __syncwarp();
-        if (k + 1 < tiles) {
-            warp.issue(end - next, stage ^ 1);
-            documents.prefetch(p.seq_idx, seq_row, next, p.length, lane);
-        }
+        if (k + STAGES - 1 < tiles) warp.issue(end - (start + (STAGES - 1) * DIRECTION), free_stage);
+        commit_copies();
+        if (k + 1 < tiles) documents.prefetch(p.seq_idx, seq_row, start + DIRECTION, p.length, lane);
         warp.prepare_bc(stage);
         warp.prepare(stage, starts, end - start, columns);
         __syncwarp();
         const Left left = warp.walk(pairs);
         if (left.pairs <= pairs.slots / 2 * 32 || __popc(left.channels) <= columns.count / 2 * QUADS) warp.regroup(left, pairs, columns);
+        free_stage = stage;
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
-    wait_copies();  // of a tile that nobody needed
+    wait_copies();  // of tiles that nobody needed
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s)
         if (s < pairs.slots) warp.write(pairs, s);

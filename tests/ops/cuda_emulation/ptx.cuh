@@ -53,7 +53,8 @@ struct Lane {
     Dim index;
     bool done = false;
     int block_barriers = 0, warp_barriers = 0;
-    std::vector<std::function<void()>> copies, committed;
+    std::vector<std::function<void()>> copies;
+    std::vector<std::vector<std::function<void()>>> committed;
 };
 
 struct Machine {
@@ -194,13 +195,16 @@ inline void copy_async(void* to, const void* from, bool inside = true) {
 }
 inline void commit_copies() {
     Lane& lane = machine.lanes[machine.current];
-    for (auto& copy : lane.copies) lane.committed.push_back(std::move(copy));
+    lane.committed.push_back(std::move(lane.copies));
     lane.copies.clear();
 }
+template <int PENDING = 0>
 inline void wait_copies() {
-    Lane& lane = machine.lanes[machine.current];
-    for (auto& copy : lane.committed) copy();
-    lane.committed.clear();
+    auto& committed = machine.lanes[machine.current].committed;
+    while (committed.size() > PENDING) {
+        for (auto& copy : committed.front()) copy();
+        committed.erase(committed.begin());
+    }
 }
 
 template <int WORDS>

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mamba_pretrain.ops import cuda_scan_kernels as kernels
 from mamba_pretrain.ops import registry
+from mamba_pretrain.ops.selective_scan import selective_scan
 
 
 @pytest.fixture
@@ -88,10 +89,21 @@ def test_segments(changes, make_case, check_selective_scan, emulated):
     check_selective_scan(case, "emulated", dtype=torch.bfloat16, batch=1, channels=40, state=16)
 
 
+def test_documents_are_isolated_to_the_bit_across_segments(check_isolation, emulated):
+    torch.manual_seed(0)
+    emulated(segments=3)
+    sequences = {k: torch.randn(1, 100, 40).bfloat16() for k in ("u", "delta", "z")}
+    sequences |= {k: torch.randn(1, 100, 16).bfloat16() for k in "BC"}
+    with registry.using(selective_scan="emulated"):
+        check_isolation(selective_scan, sequences, {"A": -torch.rand(40, 16), "delta_bias": torch.randn(40)}, start=37)
+
+
 # -- what segments receive from one another -----------------------------------------------------------------------------------------------
 
 
-def long_operands(rates: Tensor, length: int = 624, steps: float = -2.0, starts: tuple[int, ...] = (), bias: bool = False) -> kernels.Operands:
+def long_operands(
+    rates: Tensor, length: int = 624, steps: float = -2.0, starts: tuple[int, ...] = (), bias: bool = False
+) -> kernels.Operands:
     """fp32 operands of one row, in which only what differs between tests matters. ``rates``: -A (channels, states)."""
     channels, states = rates.shape
     seq_idx = torch.zeros(1, length, dtype=torch.int32)
@@ -112,7 +124,7 @@ def long_operands(rates: Tensor, length: int = 624, steps: float = -2.0, starts:
 def received(ops: kernels.Operands, reverse: bool, values: Tensor, outer: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What segments receive, by the kernels and by the fp64 recurrence; the second with a bound of the first's error in units of fp32's."""
     segments = ops.cut(3)
-    found = kernels._received(ops, segments, values, outer, reverse)
+    found = kernels.received_by_segments(ops, segments, values, outer, reverse)
     bias = 0 if ops.delta_bias is None else ops.delta_bias.double()
     step = F.softplus(ops.delta.double() + bias, threshold=1e4)
     keep = torch.ones(1, ops.length, 1, 1, dtype=torch.float64)
@@ -196,7 +208,7 @@ def test_what_has_decayed_is_not_read(rates, emulated):
     at = torch.arange(ops.length) % segments.length
     for reverse, unread in ((False, at < 96), (True, at >= 112)):
         values = torch.where(unread[:, None], torch.nan, ops.u)
-        assert kernels._received(ops, segments, values, None, reverse).isfinite().all()
+        assert kernels.received_by_segments(ops, segments, values, None, reverse).isfinite().all()
 
 
 @pytest.mark.slow

@@ -241,6 +241,14 @@ def show(rows: list[dict[str, Any]]) -> None:
             print(f"    floor: {name[:-3].replace('_', ' ')} {value:.2f} ms")
 
 
+def carry_both_ways(ops: Any, dy: Tensor) -> None:
+    """What segments receive, forward and backward."""
+    from mamba_pretrain.ops import cuda_scan_kernels as kernels
+
+    kernels.received_by_segments(ops, ops.cut(ops.shape("scan_forward").segments), ops.u, None, reverse=False)
+    kernels.received_by_segments(ops, ops.cut(ops.shape("scan_backward").segments), dy, None, reverse=True)
+
+
 def tune() -> None:
     """Times the passes for block shapes beside those of the table."""
     from mamba_pretrain.ops import cuda_scan_kernels as kernels
@@ -250,6 +258,7 @@ def tune() -> None:
 
     tried = {
         "scan_forward": shapes(16, 2, (2, 4, 8), (0, 8, 4)),
+        "scan_carry": shapes(8, 4, (1, 2, 4), (0, 16)) + shapes(16, 2, (1, 4), (0,)),
         "scan_backward": shapes(8, 4, (4, 8), (0, 16)) + shapes(12, 2, (4, 12), (0,)),
     }
     table = dict(kernels.HOPPER)
@@ -258,11 +267,14 @@ def tune() -> None:
         ops = kernels.Operands(**{k: t.detach() for k, t in inputs.items()}, seq_idx=None)
         print(f"B{size[0]} D{size[1]} L{size[2]} N{size[3]}")
         for name, candidate in ((name, candidate) for name, candidates in tried.items() for candidate in candidates):
+            if name == "scan_carry" and ops.shape("scan_forward").segments == 1:
+                continue
             kernels.HOPPER.update(table, **{name: (candidate,)})
             kernels.shape.cache_clear()
             checkpoints = kernels.forward(ops, None, True)[2]  # in the order of the backward kernel's shape
             passes: dict[str, Callable[[], Any]] = {
                 "scan_forward": functools.partial(kernels.forward, ops, None, True),
+                "scan_carry": functools.partial(carry_both_ways, ops, dy),
                 "scan_backward": functools.partial(kernels.backward, ops, dy, None, checkpoints),
             }
             print(f"  {name} {candidate}: {median_ms(passes[name]):.3f} ms")

@@ -43,12 +43,12 @@ class Tuning:
 # Measured on an H100 (docs/kernels.md) with 16-bit activations. Elsewhere PORTABLE is used: blocks that fit in 99 KiB of shared memory.
 HOPPER = {
     "scan_forward": (Tuning(2, 16, (4,), polynomial_every=8),),
-    "scan_carry": (Tuning(2, 16, (4,)),),
+    "scan_carry": (Tuning(4, 8, (4,)),),
     "scan_backward": (Tuning(4, 8, (4, 8)), Tuning(2, 12, (4, 12), cost=1.15, most_states=16)),
 }
 PORTABLE = {
     "scan_forward": (Tuning(2, 8, (4,)),),
-    "scan_carry": (Tuning(2, 8, (4,)),),
+    "scan_carry": (Tuning(2, 8, (2,)),),
     "scan_backward": (Tuning(4, 4, (2,)),),
 }
 # Time of the pass that finds what segments carry, as a share of the pass over them.
@@ -252,19 +252,20 @@ def whole_vectors(width: int, *tensors: Tensor | None) -> bool:
     return found % chunk == 0
 
 
-def _join(ops: Operands, carry: Tensor, delta_sum: Tensor, outer: Tensor | None, reverse: bool) -> Tensor:
-    received = torch.empty_like(carry)
-    params = JoinParams(*map(pointer, (ops.A, delta_sum, carry, outer, received)), ops.batch, ops.channels, carry.shape[1], int(reverse))
+def _join(ops: Operands, segments: Segments, carry: Tensor, delta_sum: Tensor, outer: Tensor | None, reverse: bool) -> Tensor:
+    received = ops.new(ops.batch, segments.count, ops.channels, ops.states)
+    params = JoinParams(*map(pointer, (ops.A, delta_sum, carry, outer, received)), ops.batch, ops.channels, segments.count, int(reverse))
     ops.plain_kernel("scan_join")((math.ceil(ops.batch * ops.channels * ops.states / 256), 1, 1), params)
     return received
 
 
-def _received(ops: Operands, segments: Segments, values: Tensor, outer: Tensor | None, reverse: bool) -> Tensor | None:
+def received_by_segments(ops: Operands, segments: Segments, values: Tensor, outer: Tensor | None, reverse: bool) -> Tensor | None:
     """What each segment receives (batch, segments, channels, states); ``outer`` itself if there is only one."""
     if segments.count == 1:
         return outer
-    carry = ops.new(ops.batch, segments.count, ops.channels, ops.states)
-    delta_sum = ops.new(ops.batch, segments.count, ops.channels)
+    links = segments.count - 1
+    carry = ops.new(ops.batch, links, ops.channels, ops.states)
+    delta_sum = ops.new(ops.batch, links, ops.channels)
     params = CarryParams(
         *map(rows, (values, ops.delta, ops.z, ops.C if reverse else ops.B)),
         *map(pointer, (ops.A, ops.delta_bias, ops.seq_idx, carry, delta_sum)),
@@ -273,8 +274,8 @@ def _received(ops: Operands, segments: Segments, values: Tensor, outer: Tensor |
         *segments,
     )
     kernel = ops.kernel("scan_carry", values, int(reverse))
-    kernel((ops.shape("scan_carry").blocks, ops.batch, segments.count), params)
-    return _join(ops, carry, delta_sum, outer, reverse)
+    kernel((ops.shape("scan_carry").blocks, ops.batch, links), params)
+    return _join(ops, segments, carry, delta_sum, outer, reverse)
 
 
 # -- the two passes -----------------------------------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ def forward(ops: Operands, initial: Tensor | None, save: bool) -> tuple[Tensor, 
     checkpoints = ops.new(ops.batch, ops.tiles, ops.channels, ops.states) if save else ops.new(0)
     shape = ops.shape("scan_forward")
     segments = ops.cut(shape.segments)
-    received = _received(ops, segments, ops.u, initial, reverse=False)
+    received = received_by_segments(ops, segments, ops.u, initial, reverse=False)
     params = ForwardParams(
         *map(rows, (ops.u, ops.delta, ops.z, ops.B, ops.C)),
         *map(pointer, (y, ops.A, ops.D, ops.delta_bias, ops.seq_idx, received, final, checkpoints if save else None)),
@@ -339,7 +340,7 @@ def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Te
     grads = Gradients.empty(ops)
     shape = ops.shape("scan_backward")
     segments = ops.cut(shape.segments)
-    received = _received(ops, segments, dout, dfinal, reverse=True)
+    received = received_by_segments(ops, segments, dout, dfinal, reverse=True)
     blocks, parts = shape.blocks, ops.batch * segments.count
     dBC = ops.new(ops.batch, blocks, 2, ops.length, ops.states)
     dA, dD, dbias = ops.new(parts, ops.channels, ops.states), ops.new(parts, ops.channels), ops.new(parts, ops.channels)

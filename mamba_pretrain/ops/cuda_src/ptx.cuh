@@ -66,7 +66,11 @@ DEVICE void copy_async(void* shared, const void* global, bool inside = true) {
 }
 
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-DEVICE void wait_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+// For all copies but those of the last PENDING commits.
+template <int PENDING = 0>
+DEVICE void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 
 // -- stores without a branch ----------------------------------------------------------------------------------------------
 

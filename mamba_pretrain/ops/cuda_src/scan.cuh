@@ -46,12 +46,17 @@ struct Segments {  // the length is cut into `count` segments of `length` steps 
     int count, length;
 };
 
-DEVICE float decay_rate(const float* A, offset_t i) {
-    const float rate = A[i] * LOG2E;
-#if HAS_SEQ
+// A log2(e), for time steps that may be RESET.
+DEVICE float resettable_rate(float A) {
+    const float rate = A * LOG2E;
     return rate <= 0.f ? fminf(rate, LARGEST_A) : rate;
+}
+
+DEVICE float decay_rate(const float* A, offset_t i) {
+#if HAS_SEQ
+    return resettable_rate(A[i]);
 #else
-    return rate;
+    return A[i] * LOG2E;
 #endif
 }
 

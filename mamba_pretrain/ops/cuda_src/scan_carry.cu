@@ -1,9 +1,18 @@
 // What a segment of the sequence passes on, for scans cut into segments that run in parallel (few channels, long sequences).
 //
-//   forward  (REVERSE 0): the state after a segment that began with zero
-//   backward (REVERSE 1): the gradient of the state before a segment, if nothing came from behind it
+//   forward  (REVERSE 0): the state after a segment that began with zero,                   sum_t exp(A S_t) delta_t u_t B_t
+//   backward (REVERSE 1): the gradient of the state before it, if nothing came from behind, sum_t exp(A S_t) C_t dy_t
 //
 // and the sum of its time steps. scan_join chains them: exp(A * sum of time steps) is how much of what enters a segment leaves it.
+//
+// S_t is the sum of the time steps between step t and the end that passes on: those behind t, or in reverse those up to t and its own.
+// A warp walks away from that end, so it knows S_t without what lies beyond. Once exp(A S) is zero for a (channel, state) pair, whatever
+// comes adds zeros. So pairs that are through are written, the others move together whenever they fit into half of the slots, and
+// likewise the channels that have any; with none left the warp stops. A document's start is a time step that ends all pairs.
+//
+// What is dropped has decayed by 2^-126: it would have to be 2^100 times as large as what comes behind it to be seen in fp32.
+// A value that is not finite may be dropped as well, where a recurrence would multiply it with zero and pass NaN on; the pass over its
+// own segment shows it in any case. A > 0 works as long as it lets nothing grow by 2^127 within a segment.
 #include "scan.cuh"
 
 struct CarryParams {
@@ -13,135 +22,290 @@ struct CarryParams {
     Rows BC;      // forward: B; backward: C
     const float *A, *delta_bias;
     const int* seq_idx;
-    float* carry;      // (batch, segments, channels, states)
-    float* delta_sum;  // (batch, segments, channels)
+    float* carry;      // (batch, segments - 1, channels, states): nobody receives what the last passes on (the first in reverse)
+    float* delta_sum;  // (batch, segments - 1, channels): of the steps that were walked
     int length, channels;
     Segments segments;
 };
 
 constexpr bool GATED = REVERSE && HAS_Z;
+constexpr int SLOTS = CPT * NPT;                                  // (channel, state) pairs of a lane
+constexpr int STEPS = TILE / QUAD;                                // that a lane prepares, of CPT channels
+constexpr int STAGES = 3;                                         // tiles on the way or in use: late in a walk one takes less time than its copy
+constexpr int RAW_PITCH = WARP_CHANNELS + 16 / sizeof(scalar_t);  // of rows that lanes read at four steps: spreads these over the banks
+constexpr int DIRECTION = REVERSE ? TILE : -TILE;
+constexpr float UNDERFLOW = -126.f;                               // exp2 of anything below is exactly 0
+constexpr float LEAST_RATE = -1e38f;                              // finite, since it is multiplied with S = 0
+constexpr float EMPTY = -3e38f;                                   // in place of a rate: a slot without a pair
 
 struct CarryTile {  // a warp's shared memory
-    scalar_t values[2][TILE][WARP_CHANNELS];
-    scalar_t delta[2][TILE][WARP_CHANNELS];
-    scalar_t z[GATED ? 2 : 1][GATED ? TILE : 1][WARP_CHANNELS];
-    scalar_t bc[2][TILE][STATES];
-    float time_step[TILE][WARP_CHANNELS];
-    float input[TILE][WARP_CHANNELS];
+    scalar_t values[STAGES][TILE][RAW_PITCH];
+    scalar_t delta[STAGES][TILE][RAW_PITCH];
+    scalar_t z[GATED ? STAGES : 1][GATED ? TILE : 1][RAW_PITCH];
+    scalar_t bc[STAGES][TILE][STATES];
+    float steps[TILE][WARP_CHANNELS + 2][2];  // S_t, and what B or C is multiplied with; a pitch as above
     float bc_float[TILE][STATES];
+    float sum[WARP_CHANNELS];                 // of the time steps up to here
+    int channel[WARP_CHANNELS];               // those with pairs that are left come first
+    float rate[SLOTS * 16], h[SLOTS * 16];    // pairs on the move
+    int pair[SLOTS * 16];
+};
+
+struct Pairs {  // that a lane adds up
+    int slots = SLOTS;  // in use, the first ones
+    float rate[SLOTS], h[SLOTS];
+    int pair[SLOTS];  // channel * STATES + state, counted from the warp's first
+};
+
+struct Columns {  // channels whose activations a lane prepares
+    int count = CPT;
+    int channel[CPT];
+    float bias[CPT], sum[CPT];
+};
+
+struct Left {  // pairs of a warp that are not through, and their channels, a bit each
+    int pairs;
+    unsigned channels;
 };
 
 struct CarryWarp {
-    const CarryParams& p;
     CarryTile& tile;
-    const int batch, channel0, lane;
+    const int lane, channels;   // from the warp's first on
+    const float* bias;          // of these, or null
+    float* carry;               // of these
+    Rows values, delta, z, BC;  // at the tile that is fetched next
 
-    DEVICE void issue(int start, int end, int stage) const {
-        const int rows = end - start, cols = p.channels - channel0;
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.values[stage][0], p.values, batch, start, channel0, rows, cols, lane);
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.delta[stage][0], p.delta, batch, start, channel0, rows, cols, lane);
-        if constexpr (GATED)
-            copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z[stage][0], p.z, batch, start, channel0, rows, cols, lane);
-        copy_tile<VECTOR_BC, TILE, STATES, STATES, 32>(tile.bc[stage][0], p.BC, batch, start, 0, rows, STATES, lane);
-        commit_copies();
+    DEVICE static void move(Rows& rows, int batch, int step, int channel = 0) { rows.data = rows.at(batch, step) + channel; }
+
+    // Fetches a tile, and moves on.
+    DEVICE void issue(int rows, int stage) {
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, RAW_PITCH, 32>(tile.values[stage][0], values, 0, 0, 0, rows, channels, lane);
+        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, RAW_PITCH, 32>(tile.delta[stage][0], delta, 0, 0, 0, rows, channels, lane);
+        if constexpr (GATED) copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, RAW_PITCH, 32>(tile.z[stage][0], z, 0, 0, 0, rows, channels, lane);
+        copy_tile<VECTOR_BC, TILE, STATES, STATES, 32>(tile.bc[stage][0], BC, 0, 0, 0, rows, STATES, lane);
+        move(values, 0, DIRECTION);
+        move(delta, 0, DIRECTION);
+        if constexpr (GATED) move(z, 0, DIRECTION);
+        move(BC, 0, DIRECTION);
     }
 
-    DEVICE void prepare(int stage, const float (&bias)[4], unsigned starts, int valid, float (&delta_sum)[4]) const {
-        const Conversion lanes{lane};
-        float delta[PASSES][4], input[PASSES][4];
-        lanes.load(tile.delta[stage], delta);
-        lanes.load(tile.values[stage], input);
-        if constexpr (GATED) {
-            float z[PASSES][4];
-            lanes.load(tile.z[stage], z);
-            lanes.gate(input, z);
+    DEVICE void take(Columns& own) const {
+#pragma unroll
+        for (int c = 0; c < CPT; ++c) {
+            own.channel[c] = tile.channel[c * QUADS + lane % QUADS];
+            own.sum[c] = tile.sum[own.channel[c]];
+            own.bias[c] = bias != nullptr && own.channel[c] < channels ? bias[own.channel[c]] : 0.f;
         }
-        lanes.softplus(delta, bias);
-        if constexpr (!REVERSE) lanes.multiply(input, delta);
-        lanes.mark(delta, starts, valid);
+    }
+
+    DEVICE void prepare_bc(int stage) const {
+        constexpr int VECTORS = TILE * STATES / 128;
+        float bc[VECTORS][4];
 #pragma unroll
-        for (int pass = 0; pass < PASSES; ++pass)
+        for (int v = 0; v < VECTORS; ++v) load<4>(&tile.bc[stage][0][(v * 32 + lane) * 4], bc[v]);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) delta_sum[i] += delta[pass][i];
-        lanes.store(tile.time_step, delta);
-        lanes.store(tile.input, input);
+        for (int v = 0; v < VECTORS; ++v) store<4>(&tile.bc_float[0][(v * 32 + lane) * 4], bc[v]);
+    }
+
+    // A lane turns STEPS steps of its columns into floats, and adds up the time steps over the tile.
+    template <int K = CPT>
+    DEVICE void prepare(int stage, unsigned starts, int valid, Columns& own) const {
+        if constexpr (K > 1)
+            if (own.count < K) return prepare<K / 2>(stage, starts, valid, own);
+        const int part = lane / QUADS;
+        const auto step = [&](int i) { return REVERSE ? part * STEPS + i : TILE - 1 - part * STEPS - i; };  // in the order of the walk
+        float delta[STEPS][K], input[STEPS][K], gate[STEPS][K];
 #pragma unroll
-        for (int v = 0; v < TILE * STATES; v += 32 * 4) {
-            float x[4];
-            load<4>(&tile.bc[stage][0][v + lane * 4], x);
-            store<4>(&tile.bc_float[0][v + lane * 4], x);
+        for (int i = 0; i < STEPS; ++i)
+#pragma unroll
+            for (int c = 0; c < K; ++c) {
+                delta[i][c] = to_float(tile.delta[stage][step(i)][own.channel[c]]);
+                input[i][c] = to_float(tile.values[stage][step(i)][own.channel[c]]);
+                if constexpr (GATED) gate[i][c] = to_float(tile.z[stage][step(i)][own.channel[c]]);
+            }
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i)
+#pragma unroll
+            for (int c = 0; c < K; ++c) {
+                delta[i][c] = softplus(delta[i][c] + own.bias[c]);
+                if constexpr (GATED) input[i][c] *= gate[i][c] * sigmoid(gate[i][c]);
+                if constexpr (!REVERSE) input[i][c] *= delta[i][c];
+            }
+        if (starts != 0 || valid < TILE) {
+#pragma unroll
+            for (int i = 0; i < STEPS; ++i)
+#pragma unroll
+                for (int c = 0; c < K; ++c) {
+                    if (starts >> step(i) & 1u) delta[i][c] = RESET;
+                    if (step(i) >= valid) delta[i][c] = 0.f;
+                }
         }
+#pragma unroll
+        for (int c = 0; c < K; ++c) {
+            float S[STEPS], total = delta[0][c];
+            S[0] = REVERSE ? total : 0.f;
+#pragma unroll
+            for (int i = 1; i < STEPS; ++i) {
+                S[i] = REVERSE ? total + delta[i][c] : total;
+                total += delta[i][c];
+            }
+            const float other = __shfl_xor_sync(FULL_WARP, total, QUADS), two = total + other;
+            const float others = __shfl_xor_sync(FULL_WARP, two, 2 * QUADS);
+            const float before = own.sum[c] + (part & 1 ? other : 0.f) + (part & 2 ? others : 0.f);
+            own.sum[c] += two + others;
+#pragma unroll
+            for (int i = 0; i < STEPS; ++i) {
+                const float both[2] = {before + S[i], input[i][c]};
+                store<2>(tile.steps[step(i)][own.channel[c]], both);
+            }
+            if (part == 0) tile.sum[own.channel[c]] = own.sum[c];
+        }
+    }
+
+    // Whether a pair sees nothing beyond this tile.
+    DEVICE bool through(float rate, int channel) const { return rate * tile.sum[channel] < UNDERFLOW; }
+
+    // Adds a tile to the pairs. Its own sum comes first: many small terms would be lost beside a large one.
+    template <int K = SLOTS>
+    DEVICE Left walk(Pairs& own) const {
+        if constexpr (K > 1)
+            if (own.slots < K) return walk<K / 2>(own);
+        float sum[K] = {};
+        int left = 0;
+        unsigned channels = 0;
+        if constexpr (K == SLOTS) {  // where the lane began: vectors
+            const int part = part_of(lane), first = quad_of<4>(lane) * CPT;
+#pragma unroll 4
+            for (int step = 0; step < TILE; ++step) {
+                float bc[NPT], both[2 * CPT];
+                load<NPT>(&tile.bc_float[step][part * NPT], bc);
+                load<2 * CPT>(tile.steps[step][first], both);
+                unrolled<K>([&](auto s_) {
+                    constexpr int s = decltype(s_)::value, c = s / NPT;
+                    sum[s] = fmaf(decay<s>(both[2 * c], own.rate[s]), both[2 * c + 1] * bc[s % NPT], sum[s]);
+                });
+            }
+#pragma unroll
+            for (int c = 0; c < CPT; ++c) {
+                const int before = left;
+#pragma unroll
+                for (int n = 0; n < NPT; ++n) left += !through(own.rate[c * NPT + n], first + c);
+                if (left > before) channels |= 1u << (first + c);
+            }
+        } else {
+#pragma unroll(K < 4 ? 16 / K : 4)
+            for (int step = 0; step < TILE; ++step)
+                unrolled<K>([&](auto s_) {
+                    constexpr int s = decltype(s_)::value;
+                    float both[2];
+                    load<2>(tile.steps[step][own.pair[s] / STATES], both);
+                    sum[s] = fmaf(decay<s>(both[0], own.rate[s]), both[1] * tile.bc_float[step][own.pair[s] % STATES], sum[s]);
+                });
+#pragma unroll
+            for (int s = 0; s < K; ++s)
+                if (!through(own.rate[s], own.pair[s] / STATES)) ++left, channels |= 1u << own.pair[s] / STATES;
+        }
+#pragma unroll
+        for (int s = 0; s < K; ++s) own.h[s] += sum[s];
+        return {__reduce_add_sync(FULL_WARP, left), __reduce_or_sync(FULL_WARP, channels)};
+    }
+
+    DEVICE void write(const Pairs& own, int s) const {
+        if (own.rate[s] != EMPTY) carry[own.pair[s]] = own.h[s];
+    }
+
+    // Writes the pairs that are through, and deals the others and their channels out anew.
+    DEVICE void regroup(Left left, Pairs& own, Columns& columns) const {
+        const unsigned below = (1u << lane) - 1u;
+        int count = 0;
+#pragma unroll
+        for (int s = 0; s < SLOTS; ++s) {
+            if (s >= own.slots) break;
+            const bool stays = !through(own.rate[s], own.pair[s] / STATES);
+            const unsigned mask = __ballot_sync(FULL_WARP, stays);
+            if (stays) {
+                const int at = count + __popc(mask & below);
+                tile.rate[at] = own.rate[s], tile.h[at] = own.h[s], tile.pair[at] = own.pair[s];
+            } else {
+                write(own, s);
+            }
+            count += __popc(mask);
+        }
+        const bool stays = left.channels >> lane & 1u;
+        const int staying = __popc(left.channels);
+        if (lane < WARP_CHANNELS) tile.channel[stays ? __popc(left.channels & below) : staying + __popc(~left.channels & below)] = lane;
+        __syncwarp();
+        while (own.slots > 0 && count <= own.slots / 2 * 32) own.slots /= 2;
+        while (columns.count > 1 && staying <= columns.count / 2 * QUADS) columns.count /= 2;
+#pragma unroll
+        for (int s = 0; s < SLOTS; ++s) {
+            if (s >= own.slots) break;
+            const int at = s * 32 + lane;
+            const bool inside = at < count;
+            own.rate[s] = inside ? tile.rate[at] : EMPTY, own.h[s] = inside ? tile.h[at] : 0.f, own.pair[s] = inside ? tile.pair[at] : 0;
+        }
+        take(columns);
     }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_carry(const __grid_constant__ CarryParams p) {
     extern __shared__ __align__(16) char shared[];
-    const int lane = threadIdx.x & 31, quad = quad_of<4>(lane), part = part_of(lane);
-    const int batch = blockIdx.y, segment = blockIdx.z;
+    const int lane = threadIdx.x & 31, batch = blockIdx.y, segment = blockIdx.z + REVERSE;
     const int channel0 = (blockIdx.x * WARPS + (threadIdx.x >> 5)) * WARP_CHANNELS;
     if (channel0 >= p.channels) return;
-    CarryTile& tile = reinterpret_cast<CarryTile*>(shared)[threadIdx.x >> 5];
-    const CarryWarp warp{p, tile, batch, channel0, lane};
     const int begin = segment * p.segments.length, end = min(p.length, begin + p.segments.length);
-    const int tiles = (end - begin + TILE - 1) / TILE;
-
-    const int own = quad * CPT, channel = channel0 + own;
-    float rate[CPT][NPT], h[CPT][NPT], bias[4], delta_sum[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int c = 0; c < CPT; ++c)
-#pragma unroll
-        for (int n = 0; n < NPT; ++n) {
-            rate[c][n] = channel + c < p.channels ? decay_rate(p.A, offset_t(channel + c) * STATES + part * NPT + n) : 0.f;
-            h[c][n] = 0.f;
-        }
-    load_channels(p.delta_bias, channel0 + lane % LANES_A_ROW * 4, p.channels, bias);
-
+    const int tiles = (end - begin + TILE - 1) / TILE, first = REVERSE ? begin : end - TILE;
+    const offset_t row = (offset_t(batch) * (p.segments.count - 1) + blockIdx.z) * p.channels + channel0;
+    CarryTile& tile = reinterpret_cast<CarryTile*>(shared)[threadIdx.x >> 5];
+    const float* bias = p.delta_bias != nullptr ? p.delta_bias + channel0 : nullptr;
+    CarryWarp warp{tile, lane, p.channels - channel0, bias, p.carry + row * STATES, p.values, p.delta, p.z, p.BC};
+    CarryWarp::move(warp.values, batch, first, channel0);
+    CarryWarp::move(warp.delta, batch, first, channel0);
+    if constexpr (GATED) CarryWarp::move(warp.z, batch, first, channel0);
+    CarryWarp::move(warp.BC, batch, first);
     DocumentStarts documents;
     const offset_t seq_row = offset_t(batch) * p.length;
-    const int first = REVERSE ? begin + (tiles - 1) * TILE : begin, direction = REVERSE ? -TILE : TILE;
     documents.prefetch(p.seq_idx, seq_row, first, p.length, lane);
-    warp.issue(first, end, 0);
-    for (int k = 0; k < tiles; ++k) {
-        const int start = first + k * direction, valid = min(TILE, end - start), stage = k & 1;
+    for (int k = 0; k < STAGES - 1; ++k) {
+        if (k < tiles) warp.issue(end - (first + k * DIRECTION), k);
+        commit_copies();
+    }
+
+    Pairs pairs;
+#pragma unroll
+    for (int s = 0; s < SLOTS; ++s) {
+        const int channel = quad_of<4>(lane) * CPT + s / NPT;
+        pairs.pair[s] = channel * STATES + part_of(lane) * NPT + s % NPT;
+        pairs.rate[s] = channel < warp.channels ? fmaxf(decay_rate(p.A, offset_t(channel0) * STATES + pairs.pair[s]), LEAST_RATE) : EMPTY;
+        pairs.h[s] = 0.f;
+    }
+    if (lane < WARP_CHANNELS) tile.channel[lane] = lane, tile.sum[lane] = 0.f;
+    __syncwarp();
+    Columns columns;
+    warp.take(columns);
+
+    int stage = 0, free_stage = STAGES - 1;
+    for (int k = 0; k < tiles && pairs.slots > 0; ++k) {
+        const int start = first + k * DIRECTION;
         const unsigned starts = documents.mask(start, p.length, lane);
-        wait_copies();
+        wait_copies<STAGES - 2>();
         __syncwarp();
-        if (k + 1 < tiles) {
-            warp.issue(start + direction, end, stage ^ 1);
-            documents.prefetch(p.seq_idx, seq_row, start + direction, p.length, lane);
-        }
-        warp.prepare(stage, bias, starts, valid, delta_sum);
+        if (k + STAGES - 1 < tiles) warp.issue(end - (start + (STAGES - 1) * DIRECTION), free_stage);
+        commit_copies();
+        if (k + 1 < tiles) documents.prefetch(p.seq_idx, seq_row, start + DIRECTION, p.length, lane);
+        warp.prepare_bc(stage);
+        warp.prepare(stage, starts, end - start, columns);
         __syncwarp();
-#pragma unroll 4
-        for (int i = 0; i < TILE; ++i) {
-            const int step = REVERSE ? TILE - 1 - i : i;
-            float BC[NPT], delta[CPT], input[CPT];
-            load<NPT>(&tile.bc_float[step][part * NPT], BC);
-            load<CPT>(&tile.time_step[step][own], delta);
-            load<CPT>(&tile.input[step][own], input);
-            unrolled<CPT>([&](auto c_) {
-                constexpr int c = decltype(c_)::value;
-                unrolled<NPT>([&](auto n_) {
-                    constexpr int n = decltype(n_)::value;
-                    const float a = decay<c * NPT + n>(delta[c], rate[c][n]);
-                    h[c][n] = REVERSE ? a * fmaf(input[c], BC[n], h[c][n]) : fmaf(a, h[c][n], input[c] * BC[n]);
-                });
-            });
-        }
-        __syncwarp();
+        const Left left = warp.walk(pairs);
+        if (left.pairs <= pairs.slots / 2 * 32 || __popc(left.channels) <= columns.count / 2 * QUADS) warp.regroup(left, pairs, columns);
+        free_stage = stage;
+        stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
-    const offset_t row = offset_t(batch) * p.segments.count + segment;
+    wait_copies();  // of tiles that nobody needed
 #pragma unroll
-    for (int c = 0; c < CPT; ++c)
-        if (channel + c < p.channels) store<NPT>(p.carry + (row * p.channels + channel + c) * STATES + part * NPT, h[c]);
-    // Lanes that share channels hold sums over different steps.
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int mask = LANES_A_ROW; mask < 32; mask *= 2) delta_sum[i] += __shfl_xor_sync(FULL_WARP, delta_sum[i], mask);
-        const int c = channel0 + lane * 4 + i;
-        if (lane < LANES_A_ROW && c < p.channels) p.delta_sum[row * p.channels + c] = delta_sum[i];
-    }
+    for (int s = 0; s < SLOTS; ++s)
+        if (s < pairs.slots) warp.write(pairs, s);
+    if (lane < min(WARP_CHANNELS, warp.channels)) p.delta_sum[row + lane] = tile.sum[lane];
 }
 
 extern "C" __device__ const int scan_carry_shared_bytes = WARPS * sizeof(CarryTile);

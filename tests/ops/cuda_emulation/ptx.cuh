@@ -53,7 +53,8 @@ struct Lane {
     Dim index;
     bool done = false;
     int block_barriers = 0, warp_barriers = 0;
-    std::vector<std::function<void()>> copies, committed;
+    std::vector<std::function<void()>> copies;
+    std::vector<std::vector<std::function<void()>>> committed;
 };
 
 struct Machine {
@@ -140,6 +141,18 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
     __syncwarp();
     return all;
 }
+template <class T, class Join>
+inline T reduce(T value, Join join) {
+    show(bits<unsigned>(value));
+    __syncwarp();
+    T all = bits<T>(see(0));
+    for (int i = 1; i < 32; ++i) all = join(all, bits<T>(see(i)));
+    __syncwarp();
+    return all;
+}
+inline int __reduce_add_sync(unsigned, int value) { return reduce(value, std::plus<int>()); }
+inline unsigned __reduce_or_sync(unsigned, unsigned value) { return reduce(value, std::bit_or<unsigned>()); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // -- the functions of cuda_src/ptx.cuh ------------------------------------------------------------------------------------
 
@@ -168,7 +181,7 @@ inline unsigned short narrow(float x) {
 inline void unpack(unsigned word, float& first, float& second) { first = widen(word & 0xffff), second = widen(word >> 16); }
 inline unsigned pack(float first, float second) { return narrow(first) | unsigned(narrow(second)) << 16; }
 
-inline float exp2_fast(float x) { return std::exp2(x); }
+inline float exp2_fast(float x) { return x < -126.f ? 0.f : std::exp2(x); }  // subnormal results are flushed
 inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal_fast(float x) { return 1.f / x; }
 
@@ -182,13 +195,16 @@ inline void copy_async(void* to, const void* from, bool inside = true) {
 }
 inline void commit_copies() {
     Lane& lane = machine.lanes[machine.current];
-    for (auto& copy : lane.copies) lane.committed.push_back(std::move(copy));
+    lane.committed.push_back(std::move(lane.copies));
     lane.copies.clear();
 }
+template <int PENDING = 0>
 inline void wait_copies() {
-    Lane& lane = machine.lanes[machine.current];
-    for (auto& copy : lane.committed) copy();
-    lane.committed.clear();
+    auto& committed = machine.lanes[machine.current].committed;
+    while (committed.size() > PENDING) {
+        for (auto& copy : committed.front()) copy();
+        committed.erase(committed.begin());
+    }
 }
 
 template <int WORDS>

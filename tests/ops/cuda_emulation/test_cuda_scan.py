@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from mamba_pretrain.ops import cuda_scan_kernels as kernels
 from mamba_pretrain.ops import registry
+from mamba_pretrain.ops.selective_scan import selective_scan
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def emulated(emulated_kernels, monkeypatch):
 
     def set_shapes(segments: int = 1, lane_channels: int = 4, warps: int = 2) -> None:
         def shape(kernel, device, dtype, batch, length, channels, states):
-            per_quad = min(lane_channels if kernel == "scan_backward" else 2, lane_channels, 64 // states)
+            per_quad = min(2 if kernel == "scan_forward" else lane_channels, lane_channels, 64 // states)
             polynomial_every = 8 if kernel == "scan_forward" else 0  # as on an H100
             return kernels.Shape(per_quad, warps, 1, polynomial_every, -(-channels // (warps * 8 * per_quad)), segments)
 
@@ -66,9 +71,144 @@ def test_some_cases(changes, make_case, check_selective_scan, emulated):
     check_selective_scan(make_case(**changes), "emulated", dtype=torch.bfloat16, batch=1, channels=40, state=16)
 
 
-def test_segments(make_case, check_selective_scan, emulated):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"decay": (1e3, 1e5), "starts": "none"},
+        {"decay": (1e-8, 1e-4), "starts": "none", "length": 192},
+        {"decay": (1e-5, 1e4), "delta": (0.0, 4.0)},
+        {"delta": (-12.0, 1.0), "starts": (35, 36, 96)},
+        {"starts": (32, 64)},
+    ],
+    ids=["usual", "complete-decay", "hardly-any-decay", "decays-of-all-sizes", "starts-inside", "starts-at-edges"],
+)
+def test_segments(changes, make_case, check_selective_scan, emulated):
     emulated(segments=3)
-    check_selective_scan(make_case(length=101), "emulated", dtype=torch.bfloat16, batch=1, channels=40, state=16)
+    case = make_case(**{"length": 101, **changes})
+    check_selective_scan(case, "emulated", dtype=torch.bfloat16, batch=1, channels=40, state=16)
+
+
+def test_documents_are_isolated_to_the_bit_across_segments(check_isolation, emulated):
+    torch.manual_seed(0)
+    emulated(segments=3)
+    sequences = {k: torch.randn(1, 100, 40).bfloat16() for k in ("u", "delta", "z")}
+    sequences |= {k: torch.randn(1, 100, 16).bfloat16() for k in "BC"}
+    with registry.using(selective_scan="emulated"):
+        check_isolation(selective_scan, sequences, {"A": -torch.rand(40, 16), "delta_bias": torch.randn(40)}, start=37)
+
+
+# -- what segments receive from one another -----------------------------------------------------------------------------------------------
+
+
+def long_operands(
+    rates: Tensor, length: int = 624, steps: float = -2.0, starts: tuple[int, ...] = (), bias: bool = False
+) -> kernels.Operands:
+    """fp32 operands of one row, in which only what differs between tests matters. ``rates``: -A (channels, states)."""
+    channels, states = rates.shape
+    seq_idx = torch.zeros(1, length, dtype=torch.int32)
+    seq_idx[0, list(starts)] = 1
+    return kernels.Operands(
+        u=torch.randn(1, length, channels),
+        delta=steps + torch.randn(1, length, channels),
+        A=-rates,
+        B=torch.randn(1, length, states),
+        C=torch.randn(1, length, states),
+        D=None,
+        z=torch.randn(1, length, channels),
+        delta_bias=torch.randn(channels) if bias else None,
+        seq_idx=seq_idx.cumsum(1, dtype=torch.int32) if starts else None,
+    )
+
+
+def received(ops: kernels.Operands, reverse: bool, values: Tensor, outer: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What segments receive, by the kernels and by the fp64 recurrence; the second with a bound of the first's error in units of fp32's."""
+    segments = ops.cut(3)
+    found = kernels.received_by_segments(ops, segments, values, outer, reverse)
+    bias = 0 if ops.delta_bias is None else ops.delta_bias.double()
+    step = F.softplus(ops.delta.double() + bias, threshold=1e4)
+    keep = torch.ones(1, ops.length, 1, 1, dtype=torch.float64)
+    if ops.seq_idx is not None:
+        keep[:, 1:, 0, 0] = (ops.seq_idx[:, 1:] == ops.seq_idx[:, :-1]).double()
+    decay = keep * torch.exp(step[..., None] * ops.A.double())
+    weight, vector = (values.double() * F.silu(ops.z.double()), ops.C) if reverse else (step * values.double(), ops.B)
+    term = weight[..., None] * vector.double()[:, :, None]
+    pair = [torch.zeros(1, ops.channels, ops.states, dtype=torch.float64) if outer is None else outer.double()] * 2
+    exact = torch.empty(2, *found.shape, dtype=torch.float64)
+    for t in reversed(range(ops.length)) if reverse else range(ops.length):
+        if t == ops.length - 1 or (t + 1) % segments.length == 0 if reverse else t % segments.length == 0:
+            exact[:, :, t // segments.length] = torch.stack(pair)
+        for i, x in enumerate((term[:, t], term[:, t].abs())):
+            pair[i] = decay[:, t] * (x + pair[i]) if reverse else decay[:, t] * pair[i] + x
+    return found, exact
+
+
+def check_received(ops: kernels.Operands, values: Tensor | None = None, tolerance: float = 3e-5) -> None:
+    """Both directions; errors relative to what the terms weigh where they arrive, but for decays that underflow (2^-126)."""
+    values = ops.u if values is None else values
+    for reverse in (False, True):
+        outer = torch.randn(1, ops.channels, ops.states)
+        found, (exact, weight) = received(ops, reverse, values, outer)
+        error = (found - exact).abs() / (weight + 1e-37 / tolerance * values.abs().max())
+        assert error.max() <= tolerance, (reverse, error.max())
+
+
+RATES = {
+    "fast": lambda c, n: 300 + 300 * torch.rand(c, n),
+    "slow": lambda c, n: 1e-6 * torch.rand(c, n),
+    "one-slow-pair": lambda c, n: torch.where(torch.arange(c * n).view(c, n) == 77, 1e-4, 40.0),
+    "one-slow-channel": lambda c, n: torch.where(torch.arange(c)[:, None] == 9, 1e-3, 20.0).repeat(1, n),
+    "of-all-sizes": lambda c, n: 10 ** torch.empty(c, n).uniform_(-5, 3),
+    "as-initialised": lambda c, n: torch.arange(1.0, n + 1).repeat(c, 1),
+    "growing": lambda c, n: -0.05 * torch.rand(c, n),
+}
+
+
+@pytest.mark.parametrize("starts", [(), (150, 333, 334, 400)], ids=["one-document", "documents"])
+@pytest.mark.parametrize("rates", RATES)
+def test_segments_receive_what_the_recurrence_gives(rates, starts, emulated):
+    if rates == "growing" and starts:
+        pytest.skip("a document's start is a decay")
+    torch.manual_seed(0)
+    emulated(segments=3)
+    check_received(long_operands(RATES[rates](40, 16), starts=starts, bias=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("states", kernels.STATES)
+@pytest.mark.parametrize("lane_channels", [1, 2, 4])
+def test_segments_receive_it_with_every_shape_of_a_warp(lane_channels, states, emulated):
+    torch.manual_seed(0)
+    emulated(segments=3, lane_channels=lane_channels, warps=1)
+    check_received(long_operands(RATES["of-all-sizes"](37, states), length=300, starts=(120,)))
+
+
+@pytest.mark.parametrize("bits", [60, 100, 120])
+def test_nothing_is_dropped_that_fp32_can_see(bits, emulated):
+    """In each segment one large value, as far as can be from the end that passes it on, where it arrives with 2^-bits and alone."""
+    torch.manual_seed(0)
+    emulated(segments=3)
+    ops = long_operands(torch.ones(40, 16), steps=-3.0)
+    segments = ops.cut(3)
+    total = F.softplus(ops.delta).view(segments.count, segments.length, ops.channels).sum(1).amax(0)
+    ops.A = (-bits * math.log(2) / total)[:, None].repeat(1, ops.states)
+    for far in (0, segments.length - 1):
+        values = torch.zeros_like(ops.u)
+        values[:, far :: segments.length] = 1e4
+        check_received(ops, values, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("rates", ["fast", "slow"])
+def test_what_has_decayed_is_not_read(rates, emulated):
+    """NaN where nothing that is left can see it. Read, it would show; and a walk to the end would cost what it always did."""
+    torch.manual_seed(0)
+    emulated(segments=3)
+    ops = long_operands(RATES[rates](40, 16), starts=() if rates == "fast" else (104, 312, 520))
+    segments = ops.cut(3)
+    at = torch.arange(ops.length) % segments.length
+    for reverse, unread in ((False, at < 96), (True, at >= 112)):
+        values = torch.where(unread[:, None], torch.nan, ops.u)
+        assert kernels.received_by_segments(ops, segments, values, None, reverse).isfinite().all()
 
 
 @pytest.mark.slow

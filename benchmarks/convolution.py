@@ -21,6 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import conclude, rows_of
+from timing import both_passes_ms
 
 # (batch, length, channels, channels of the tensor that they are a slice of, first of them)
 SHAPES = {
@@ -56,20 +57,9 @@ def calls(name: str, inputs: list[Tensor], dy: Tensor, seq_idx: Tensor | None) -
 
     def both() -> list[Tensor]:
         y = forward()
-        # Detached: a graph that lives on ties its leaves to the stream it was made on, and a recording may not wait for another.
         return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
     return forward, both
-
-
-def timed(forward: Callable[[], Tensor], both: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of the forward pass and of the backward pass (both less forward), medians."""
-    from triton.testing import do_bench_cudagraph
-
-    # Replayed, so that the kernels are timed and not what it takes to launch them.
-    with torch.cuda.stream(torch.cuda.Stream()):
-        alone, together = (float(do_bench_cudagraph(run, rep=100, return_mode="median")) for run in (forward, both))
-    return {"forward_ms": alone, "backward_ms": together - alone, "both_ms": together}
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -82,8 +72,8 @@ def measure(name: str) -> dict[str, Any]:
         "shape": name,
         "size": shape,
         "floor": {"forward_ms": elements * 2 * 2 / BANDWIDTH, "backward_ms": elements * 2 * 3 / BANDWIDTH},
-        "ours": timed(*calls("cuda", inputs, dy, None)),
-        "ours_with_seq_idx": timed(*calls("cuda", inputs, dy, seq_idx)),
+        "ours": both_passes_ms(*calls("cuda", inputs, dy, None)),
+        "ours_with_seq_idx": both_passes_ms(*calls("cuda", inputs, dy, seq_idx)),
         "causal_conv1d": None,
     }
     found, again = (calls("cuda", inputs, dy, seq_idx)[1]() for _ in range(2))
@@ -94,8 +84,8 @@ def measure(name: str) -> dict[str, Any]:
         import causal_conv1d  # noqa: F401
     except ImportError as missing:
         return {**row, "why": str(missing)}
-    row["causal_conv1d"] = timed(*calls("causal_conv1d", inputs, dy, None))
-    row["causal_conv1d_with_seq_idx"] = timed(*calls("causal_conv1d", inputs, dy, seq_idx))
+    row["causal_conv1d"] = both_passes_ms(*calls("causal_conv1d", inputs, dy, None))
+    row["causal_conv1d_with_seq_idx"] = both_passes_ms(*calls("causal_conv1d", inputs, dy, seq_idx))
     row["speedup"] = {k: row["causal_conv1d"][f"{k}_ms"] / row["ours"][f"{k}_ms"] for k in ("forward", "backward", "both")}
     return row
 

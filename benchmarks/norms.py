@@ -4,8 +4,8 @@
     python benchmarks/norms.py --variants   # times other ways to run the backward passes of two shapes, or of those named
     python benchmarks/norms.py --check      # exit code 1 under a bar; without a GPU reads the newest record
 
-bf16 activations, fp32 residual and weight; medians of repeated runs, autograd wrappers on both sides. ``floor``: the bytes that must be read and
-written, at the rate of a copy. Errors are those of ours against the fp32 reference on the same numbers, in the 2-norm.
+bf16 activations, fp32 residual and weight; medians of CUDA graphs' replays, autograd wrappers on both sides. ``floor``: the bytes that must be read
+and written, at the rate of a copy. Errors are those of ours against the fp32 reference on the same numbers, in the 2-norm.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import conclude, require_gpus, rows_of
+from timing import both_passes_ms, replayed_ms
 
 from mamba_pretrain.ops import registry, triton_norm
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
@@ -65,26 +66,18 @@ def calls(name: str, implementation: str, dtype: torch.dtype = torch.bfloat16) -
     return forward, lambda: torch.autograd.grad(forward(), inputs, given)
 
 
-def timed(forward: Callable[[], Any], both: Both) -> dict[str, float]:
-    """Milliseconds, medians; the backward pass is both less forward."""
-    from triton.testing import do_bench
-
-    alone, together = (float(do_bench(run, warmup=20, rep=100, return_mode="median")) for run in (forward, both))
-    return {"forward_ms": alone, "backward_ms": together - alone, "both_ms": together}
-
-
 def measure_one(name: str) -> dict[str, Any]:
     """A row."""
     shape, traffic = SHAPES[name], TRAFFIC[name.split()[0]]
     floor = [shape[0] * shape[1] * shape[2] * each / BANDWIDTH for each in traffic]
     row: dict[str, Any] = {"shape": name, "floor": {"forward_ms": floor[0], "backward_ms": floor[1], "both_ms": sum(floor)}}
     ours = calls(name, "triton")
-    row["ours"] = timed(*ours)
+    row["ours"] = both_passes_ms(*ours)
     row["bit_equal"] = all(torch.equal(a, b) for a, b in zip(ours[1](), ours[1](), strict=True))
     exact = calls(name, "reference", torch.float32)[1]()
     row["error"] = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(ours[1](), exact, strict=True))
     try:
-        row["mamba_ssm"] = timed(*calls(name, "mamba_ssm"))
+        row["mamba_ssm"] = both_passes_ms(*calls(name, "mamba_ssm"))
     except Exception as missing:
         return {**row, "mamba_ssm": None, "why": " ".join(str(missing).split())[:200]}
     return {**row, "speedup": row["mamba_ssm"]["both_ms"] / row["ours"]["both_ms"]}
@@ -119,17 +112,15 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def variants(names: list[str]) -> None:
     """Backward passes run in other ways, the fastest last; ``Tuning`` says what is varied."""
-    from triton.testing import do_bench
-
     usual = triton_norm.TUNING
     for name in names:
         floor = SHAPES[name][0] * SHAPES[name][1] * SHAPES[name][2] * TRAFFIC[name.split()[0]][1] / BANDWIDTH
         print(f"{name}: floor {floor:.3f} ms", flush=True)
         forward, both = calls(name, "triton")
-        alone, found = float(do_bench(forward, warmup=20, rep=50, return_mode="median")), []
+        alone, found = replayed_ms(forward, 50), []
         for rows, stages, resident, warp_channels in itertools.product((1, 2), (1, 2, 3), (32, 64), (128, 256)):
             triton_norm.TUNING = triton_norm.Tuning(rows, stages, resident, warp_channels)
-            found.append((float(do_bench(both, warmup=20, rep=50, return_mode="median")) - alone, str(triton_norm.TUNING)))
+            found.append((replayed_ms(both, 50) - alone, str(triton_norm.TUNING)))
         for milliseconds, tuning in sorted(found, reverse=True):
             print(f"    {milliseconds:.3f} ms {tuning}{' as usual' if tuning == str(usual) else ''}", flush=True)
     triton_norm.TUNING = usual

@@ -14,6 +14,7 @@ from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.mixer import Mixer, ParameterPolicy, State
 from mamba_pretrain.models.modules import CausalConv1d, GatedRMSNorm, Policies, Projection, SplitProjection, prefixed, projection_policy
 from mamba_pretrain.ops import flops
+from mamba_pretrain.ops.split import split
 from mamba_pretrain.ops.ssd_scan import ssd_scan
 from mamba_pretrain.ops.ssd_step import ssd_step
 
@@ -39,10 +40,9 @@ class Mamba2(Mixer):
         c, seq_idx = self.config, None if boundaries is None else boundaries.seq_idx
         z, xBC, dt = self.in_proj(x)
         xBC = self.conv1d(xBC, seq_idx, state)
-        u, B, C = xBC.split([c.d_inner, c.ngroups * c.d_state, c.ngroups * c.d_state], dim=-1)
-        heads = u.unflatten(-1, (c.n_ssm_head, c.headdim))
-        B, C = (t.unflatten(-1, (c.ngroups, c.d_state)) for t in (B, C))
-        return self.out_proj(self.norm(self._scan(heads, dt, B, C, seq_idx, state).flatten(-2), z))
+        of_group = (c.ngroups, c.d_state)
+        u, B, C = split(xBC, (c.n_ssm_head, c.headdim), of_group, of_group)
+        return self.out_proj(self.norm(self._scan(u, dt, B, C, seq_idx, state).flatten(-2), z))
 
     def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None, state: State | None) -> Tensor:
         if state is not None and x.shape[1] == 1:

@@ -14,7 +14,7 @@ from mamba_pretrain.ops import cc, registry
 from mamba_pretrain.ops.common import document_starts
 from mamba_pretrain.ops.kernel_arguments import Rows, fields, struct
 from mamba_pretrain.ops.operator import operator
-from mamba_pretrain.ops.scan_autograd import register_gradients
+from mamba_pretrain.ops.scan_autograd import new_dxBC, parts_of_xBC, register_gradients
 
 # As in the source.
 SOURCE = "ssd_scan"
@@ -25,8 +25,8 @@ ROWS = 8  # the state is padded to a multiple
 
 Params = struct(
     "Params",
-    **fields("x dt z B C dy", Rows),
-    **fields("A D bias starts initial dfinal y final checkpoints dx ddt dz dA dD dbias dB dC dinitial", ctypes.c_void_p),
+    **fields("x dt z B C dy y dx dz", Rows),
+    **fields("A D bias starts initial dfinal final checkpoints ddt dA dD dbias dB dC dinitial", ctypes.c_void_p),
     **fields("length heads headdim groups states", ctypes.c_int64),
     **fields("dt_min dt_max", ctypes.c_float),
 )
@@ -71,13 +71,14 @@ def _parts(x: Tensor, B: Tensor) -> int:
 
 
 def _call(
-    function: str, inputs: tuple[Tensor | None, ...], limits: tuple[float, float], dy: Tensor | None = None, **others: Tensor | None
+    function: str, inputs: tuple[Tensor | None, ...], limits: tuple[float, float], like_x: dict[str, Tensor | None], **others: Tensor | None
 ) -> None:
+    """``like_x``: outputs and gradients of x's shape."""
     x, dt, A, B, C, D, z, bias, starts = inputs
     assert x is not None
     assert B is not None
     (batch, length, heads, headdim), (groups, states) = x.shape, B.shape[2:]
-    flat = {key: None if t is None else t.flatten(2) for key, t in {"x": x, "z": z, "B": B, "C": C, "dy": dy}.items()}
+    flat = {key: None if t is None else t.flatten(2) for key, t in {"x": x, "z": z, "B": B, "C": C, **like_x}.items()}
     whole = {"A": A, "D": D, "bias": bias, "starts": starts, **others}
     sizes = {"length": length, "heads": heads, "headdim": headdim, "groups": groups, "states": states}
     tasks = batch * groups * _parts(x, B)
@@ -101,8 +102,8 @@ def forward(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, save, chunk_si
     ``chunk_size`` is there for who counts the FLOPs of the model's own algorithm.
     """
     y, final, checkpoints = _outputs(x, B, save)
-    inputs, outputs = (x, dt, A, B, C, D, z, dt_bias, starts), {"y": y, "final": final, "checkpoints": checkpoints if save else None}
-    _call("ssd_scan_forward", inputs, (dt_min, dt_max), initial=initial_state, **outputs)
+    inputs, outputs = (x, dt, A, B, C, D, z, dt_bias, starts), {"final": final, "checkpoints": checkpoints if save else None}
+    _call("ssd_scan_forward", inputs, (dt_min, dt_max), {"y": y}, initial=initial_state, **outputs)
     return y, final, checkpoints
 
 
@@ -110,20 +111,23 @@ def forward(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, save, chunk_si
     "c_ssd_backward",
     device_types="cpu",
     schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor checkpoints, int chunk_size, {_LIMITS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, checkpoints, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
-    """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state); that of an absent z is empty, of others without meaning."""
+    """Gradients of (x and B and C, dt, A, D, z, dt_bias, initial_state); that of an absent z is empty, of others without meaning."""
     (batch, length, heads, headdim), (groups, states), new = x.shape, B.shape[2:], x.new_empty
-    found = {"dx": new(x.shape), "ddt": new(dt.shape), "dz": new(x.shape if z is not None else 0)}
-    parts = {name: new(batch, heads) for name in ("dA", "dD", "dbias")}
+    dxBC, ddt, dz = new_dxBC(x, B), new(dt.shape), new(x.shape if z is not None else 0)
+    dx, dB, dC = parts_of_xBC(dxBC, x, B)
+    sums = {name: new(batch, heads) for name in ("dA", "dD", "dbias")}
     by_task = {name: new(batch, groups, _parts(x, B), length, states) for name in ("dB", "dC")}
     dinitial = new(batch, heads, headdim, states)
-    inputs, outputs = (x, dt, A, B, C, D, z, dt_bias, starts), {**found, **parts, **by_task, "dinitial": dinitial}
-    _call("ssd_scan_backward", inputs, (dt_min, dt_max), dy=dy, dfinal=dfinal, checkpoints=checkpoints, **outputs)
-    dA, dD, dbias = (part.sum(0) for part in parts.values())
-    dB, dC = (part.sum(2).transpose(1, 2).contiguous() for part in by_task.values())
-    return found["dx"], found["ddt"], dA, dB, dC, dD, found["dz"], dbias, dinitial
+    inputs, outputs = (x, dt, A, B, C, D, z, dt_bias, starts), {"ddt": ddt, **sums, **by_task, "dinitial": dinitial}
+    like_x = {"dy": dy, "dx": dx, "dz": None if z is None else dz}
+    _call("ssd_scan_backward", inputs, (dt_min, dt_max), like_x, dfinal=dfinal, checkpoints=checkpoints, **outputs)
+    for whole, part in zip((dB, dC), by_task.values(), strict=True):
+        whole.copy_(part.sum(2).transpose(1, 2))
+    dA, dD, dbias = (part.sum(0) for part in sums.values())
+    return dxBC, ddt, dA, dD, dz, dbias, dinitial
 
 
 @forward.register_fake
@@ -137,7 +141,7 @@ def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, checkpoints, chunk_size
     dz = new(x.shape if z is not None else 0)
     per_head = [new(heads) for _ in range(3)]
     dinitial = new(batch, heads, headdim, B.shape[3])
-    return new(x.shape), new(dt.shape), per_head[0], new(B.shape), new(C.shape), per_head[1], dz, per_head[2], dinitial
+    return new_dxBC(x, B), new(dt.shape), *per_head[:2], dz, per_head[2], dinitial
 
 
-register_gradients(forward, backward, forward_only=1)  # whether to save
+register_gradients(forward, backward, forward_only=1, beside=True)  # whether to save

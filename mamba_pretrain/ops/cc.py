@@ -166,7 +166,7 @@ def call(
     """Calls ``function(&struct, first, last)`` of ``c_src/name.c`` over all tasks, on as many threads as torch uses.
 
     ``params`` makes the struct. ``strided`` tensors are (batch, length, channels), passed as rows with adjacent channels; of ``whole``
-    ones the kernel sees the beginning of a contiguous tensor. Outputs must be contiguous already.
+    ones the kernel sees the beginning of a contiguous tensor. Outputs must be so already.
     """
     views = {key: adjacent(t) for key, t in strided.items()}
     held = {key: None if t is None else t.contiguous() for key, t in whole.items()}  # copies live until the call is over

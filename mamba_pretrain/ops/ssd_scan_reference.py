@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mamba_pretrain.ops.common import without_autocast
 from mamba_pretrain.ops.operator import operator
-from mamba_pretrain.ops.scan_autograd import register_gradients
+from mamba_pretrain.ops.scan_autograd import new_dxBC, parts_of_xBC, register_gradients
 
 # Time steps handled by one matmul, and elements (batch x time x heads x chunk) of a block: on a CPU what stays in the cache pays.
 MAX_CHUNK = {"cpu": 64, "cuda": 128}
@@ -267,8 +267,9 @@ def _with_skip(ops: _Operands, time: slice, y: Tensor) -> Tensor:
 
 @dataclass
 class _Gradients:
-    """Gradients of the op's inputs; those of absent ones are empty."""
+    """Gradients of the op's inputs; those of absent ones are empty. Those of x, B and C are parts of ``xBC``."""
 
+    xBC: Tensor
     x: Tensor
     dt: Tensor
     A: Tensor
@@ -284,12 +285,16 @@ class _Gradients:
         """Accumulators for sums, and uninitialised memory for what is written once."""
         batch, _, heads, p = ops.x.shape
         fp32, new = torch.float32, ops.x.new_zeros
+        widest = torch.promote_types(torch.promote_types(ops.x.dtype, ops.B.dtype), ops.C.dtype)
+        xBC = new_dxBC(ops.x, ops.B, widest)
+        x, B, C = parts_of_xBC(xBC, ops.x, ops.B)
         return cls(
-            x=torch.empty_like(ops.x),
+            xBC=xBC,
+            x=x,
             dt=torch.empty_like(ops.dt),
             A=new(heads, dtype=fp32),
-            B=torch.empty_like(ops.B),
-            C=torch.empty_like(ops.C),
+            B=B,
+            C=C,
             D=new(heads if ops.D is not None else 0, dtype=fp32),
             z=torch.empty_like(ops.z) if ops.z is not None else new(0),
             dt_bias=new(heads if ops.dt_bias is not None else 0, dtype=fp32),
@@ -298,7 +303,7 @@ class _Gradients:
 
     def in_order(self) -> tuple[Tensor, ...]:
         """As the backward op returns them."""
-        return self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial
+        return self.xBC, self.dt, self.A, self.D, self.z, self.dt_bias, self.initial
 
 
 def _backward(ops: _Operands, dy: Tensor, dfinal: Tensor | None, before: Tensor) -> tuple[Tensor, ...]:
@@ -358,11 +363,10 @@ def forward(x, dt, A, B, C, D, z, dt_bias, starts, initial_state, chunk_size, dt
 
 @operator(
     "ssd_scan_backward",
-    schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor before, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor before, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, before, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
-    """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state); empty tensors for absent inputs."""
+    """Gradients of (x and B and C, dt, A, D, z, dt_bias, initial_state); empty tensors for absent inputs."""
     with without_autocast(x):
         return _backward(_Operands(x, dt, A, B, C, D, z, dt_bias, starts, chunk_size, dt_min, dt_max), dy, dfinal, before)
 
@@ -377,4 +381,4 @@ def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, starts, before, chunk_size, dt_
     return _Gradients.zeros(_Operands(x, dt, A, B, C, D, z, dt_bias, starts, chunk_size, dt_min, dt_max)).in_order()
 
 
-register_gradients(forward, backward)
+register_gradients(forward, backward, beside=True)

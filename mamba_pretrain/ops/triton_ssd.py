@@ -1,7 +1,8 @@
 """Mamba-2's scan by Triton kernels of our own: custom operators with gradients, and their registration.
 
 Strided where a model's tensors are (``x``, ``B`` and ``C`` may be parts of one convolution's output), deterministic, with document boundaries and
-states in and out. Nothing but the inputs is kept for the backward pass. Kernels: ``triton_ssd_kernels``.
+states in and out. Nothing but the inputs is kept for the backward pass, which writes the gradients of x, B and C into one tensor
+(``scan_autograd`` says why). Kernels: ``triton_ssd_kernels``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.common import document_bounds, triton_unsupported
 from mamba_pretrain.ops.kernel_arguments import on_device_of
 from mamba_pretrain.ops.operator import operator
-from mamba_pretrain.ops.scan_autograd import register_gradients
+from mamba_pretrain.ops.scan_autograd import new_dxBC, register_gradients
 from mamba_pretrain.ops.triton_launch import launch
 
 MAX_HEADDIM, MAX_STATE = 128, 256
@@ -294,14 +295,14 @@ def forward(x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_size, dt
 @operator(
     "triton_ssd_backward",
     schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor initial_state, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
-    """Gradients of (x, dt, A, B, C, D, z, dt_bias, initial_state); those of absent inputs without meaning."""
+    """Gradients of (x and B and C, dt, A, D, z, dt_bias, initial_state); those of absent inputs without meaning."""
     with on_device_of(x):
         call = _Call(x, dt, A, B, C, D, dt_bias, bounds, (dt_min, dt_max))
         call.cut(call.tuning.tile * call.tuning.tiles)
-        dy = dy.contiguous()  # it shares dx's offsets
+        dy = dy.contiguous()  # as the kernels address it
         states, dstates, products, dinitial = _states(call, dy, initial_state.contiguous(), dfinal)
         return _gradients(call, dy, states, dstates, products, dinitial)
 
@@ -322,7 +323,8 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     from mamba_pretrain.ops import triton_ssd_kernels as kernels
 
     t, x, B, C, new = call.tuning, call.x, call.B, call.C, call.x.new_empty
-    dx, ddt, dB, dC = new(x.shape), call.dt.new_empty(call.dt.shape), new(B.shape), new(C.shape)
+    dxBC, ddt = new_dxBC(x, B), call.dt.new_empty(call.dt.shape)
+    row = dxBC.shape[2]
 
     def sums(*shape: int) -> Tensor:
         return new(shape, dtype=torch.float32)
@@ -338,8 +340,8 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     shape = {"TILES": t.tiles, "TILE": t.tile, "P": call.P}
     launch(
         kernels.ssd_inside, (tiles * call.groups * parts, 1, 1),
-        x, dy, B, C, call.D, *call.vectors, dstates, dx, dscores, shares, taken, cross,
-        *x.stride()[:3], *B.stride()[:3], *call.sizes(), *share,
+        x, dy, B, C, call.D, *call.vectors, dstates, dxBC, dscores, shares, taken, cross,
+        *x.stride()[:3], *B.stride()[:3], row, *call.sizes(), *share,
         HAS_D=call.D is not None, MASKED=call.masked(call.chunk, call.P, call.N), KEEP=t.keep,
         N=call.N, **shape, **call.flags(), **t.inside.options(),
     )  # fmt: skip
@@ -355,7 +357,7 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     )  # fmt: skip
     launch(
         kernels.ssd_gather, (2 * tiles * call.groups, blocks, 1),
-        B, C, dscores, dB_parts, dC_parts, dB, dC, *B.stride()[:3], call.length, call.groups, call.state, call.chunks, parts,
+        B, C, dscores, dB_parts, dC_parts, dxBC, *B.stride()[:3], row, call.length, call.groups, call.state, call.chunks, parts,
         TILES=t.tiles, TILE=t.tile, N=N, PRECISION=call.flags()["PRECISION"], num_warps=4,
     )  # fmt: skip
     by_chunk = sums(3, call.batch * call.chunks, call.heads)
@@ -367,7 +369,7 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
         TILES=t.tiles, TILE=t.tile, HEADS=PREPARE_HEADS, num_warps=4,
     )  # fmt: skip
     dA, dbias, dD = by_chunk.sum(1).unbind()
-    return dx, ddt, dA, dB, dC, dD.clone(), new(0), dbias.clone(), dinitial
+    return dxBC, ddt, dA, dD.clone(), new(0), dbias.clone(), dinitial
 
 
 @forward.register_fake
@@ -378,8 +380,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_size, dt_min, 
 @backward.register_fake
 def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
     per_head = [torch.empty_like(A) for _ in range(3)]
-    new, dinitial = x.new_empty, _outputs(x, B)[1]
-    return new(x.shape), dt.new_empty(dt.shape), per_head[0], new(B.shape), new(C.shape), per_head[1], new(0), per_head[2], dinitial
+    return new_dxBC(x, B), dt.new_empty(dt.shape), *per_head[:2], x.new_empty(0), per_head[2], _outputs(x, B)[1]
 
 
-register_gradients(forward, backward)
+register_gradients(forward, backward, beside=True)

@@ -10,7 +10,7 @@ are powers of two. Sums restart where a document begins and pairs of different d
 the bit. ``begins`` and ``ends`` (b, l) say of every step where its document does; the first begins at -1, the last ends nowhere.
 Activations are read where they are, strided, channels adjacent; rows are 64-bit offsets apart. Sums and sources are (b, h, padded) fp32,
 padded to whole chunks by steps of zero. States are stored (b, chunks, h, n, p) in the activations' dtype. There are no atomics: a value is written
-by one program, sums over programs are finished in a fixed order.
+by one program, sums over programs are finished in a fixed order. dx, dB and dC of a step lie beside each other in a row of (b, l, ``dxBC_row``).
 
 ``ssd_prepare`` makes sums and sources; ``ssd_forward`` walks along the chunks of a head with its state in registers. The way back is
 ``ssd_states`` (states before chunks; then, from the end, their gradients after chunks), ``ssd_inside`` (dx and the gradients of the scores C B^T,
@@ -262,7 +262,7 @@ def _sent(x, dy, scores, dscores, dx, apart, joined, PRECISION: tl.constexpr):
 def _inside(
     x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
     dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
-    x_row, x_head, BC_row,
+    x_row, x_head, BC_row, dx_row,
     batch, start, first_head, head_count, length, padded, heads, headdim, state,
     HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
     KEEP: tl.constexpr, J: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
@@ -344,8 +344,8 @@ def _inside(
             tl.store(cross_ptr + at + TILE, tl.sum(flow, axis=0))
         four = (at * 4)[:, None, None] + (tl.arange(0, 2) * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]
         tl.store(shares_ptr + four, tl.join(tl.join(given, own * own_scores), tl.join(to_states, own)))
-        dx_rows = dx_ptr + (batch * length + begin) * dy_row + head * headdim
-        _store(dx_rows, within[:, None] * dy_row + channels[None, :], dx, x_mask, MASKED)
+        dx_rows = dx_ptr + (batch * length + begin) * dx_row + head * headdim
+        _store(dx_rows, within[:, None] * dx_row + channels[None, :], dx, x_mask, MASKED)
     pair: tl.constexpr = J * TILES - J * (J - 1) // 2  # of (J, J); that of (J, J + 1) follows
     square = within[:, None] * TILE + within[None, :]
     tl.store(dscores_ptr + pair * TILE * TILE + square, dscores)
@@ -357,7 +357,7 @@ def _inside(
 def ssd_inside(
     x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
     dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
-    x_batch, x_row, x_head, BC_batch, BC_row, BC_group,
+    x_batch, x_row, x_head, BC_batch, BC_row, BC_group, dx_row,
     length, padded, heads, per_group, headdim, state, chunks, parts, part_heads,
     HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
     TILES: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
@@ -382,7 +382,7 @@ def ssd_inside(
         _inside(
             x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
             dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
-            x_row, x_head, BC_row,
+            x_row, x_head, BC_row, dx_row,
             batch, start, first_head, head_count, length, padded, heads, headdim, state,
             HAS_D, HAS_DOCUMENTS, EXACT, MASKED, KEEP, 0, TILES, TILE, P, N, PRECISION,
         )  # fmt: skip
@@ -390,7 +390,7 @@ def ssd_inside(
         _inside(
             x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, dstates_ptr,
             dx_ptr, dscores_ptr, shares_ptr, taken_ptr, cross_ptr,
-            x_row, x_head, BC_row,
+            x_row, x_head, BC_row, dx_row,
             batch, start, first_head, head_count, length, padded, heads, headdim, state,
             HAS_D, HAS_DOCUMENTS, EXACT, MASKED, KEEP, TILES - 1, TILES, TILE, P, N, PRECISION,
         )  # fmt: skip
@@ -465,8 +465,8 @@ def ssd_edges(
 
 @triton.jit
 def ssd_gather(
-    B_ptr, C_ptr, dscores_ptr, dB_parts_ptr, dC_parts_ptr, dB_ptr, dC_ptr,
-    BC_batch, BC_row, BC_group, length, groups, state, chunks, parts,
+    B_ptr, C_ptr, dscores_ptr, dB_parts_ptr, dC_parts_ptr, dxBC_ptr,
+    BC_batch, BC_row, BC_group, dxBC_row, length, groups, state, chunks, parts,
     TILES: tl.constexpr, TILE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dB (even programs) and dC (odd) of one tile: the parts through states, added up, and the scores' gradients, added up, times C and B."""
@@ -479,9 +479,9 @@ def ssd_gather(
     PAIRS: tl.constexpr = TILES * (TILES + 1) // 2
     dscores_ptr += index.to(tl.int64) * parts * (PAIRS * TILE * TILE)
     start = (chunk * (TILES * TILE)).to(tl.int64)
-    other_ptr, parts_ptr, out_ptr = B_ptr, dC_parts_ptr, dC_ptr
+    other_ptr, parts_ptr = B_ptr, dC_parts_ptr
     if of_C == 0:
-        other_ptr, parts_ptr, out_ptr = C_ptr, dB_parts_ptr, dB_ptr
+        other_ptr, parts_ptr = C_ptr, dB_parts_ptr
     other_ptr += batch * BC_batch + group.to(tl.int64) * BC_group + start * BC_row
     parts_ptr += (((batch * chunks + chunk) * TILES + tile) * groups + group) * parts * (TILE * state)
     found = tl.zeros((TILE, N), dtype=tl.float32)
@@ -501,8 +501,9 @@ def ssd_gather(
         other = tl.load(other_ptr + i * TILE * BC_row + (within[:, None] * BC_row + states[None, :]), mask=mask, other=0.0)
         found = tl.dot(dscores.to(other.dtype), other, found, input_precision=PRECISION)
     rows = start + tile * TILE + within
-    out = ((batch * length + rows[:, None]) * groups + group) * state + states[None, :]
-    tl.store(out_ptr + out, found.to(out_ptr.dtype.element_ty), mask=(rows < length)[:, None] & has_state[None, :])
+    column = dxBC_row - ((2 - of_C) * groups - group) * state  # behind dx, dB, then dC
+    out = (batch * length + rows[:, None]) * dxBC_row + (column + states[None, :])
+    tl.store(dxBC_ptr + out, found.to(dxBC_ptr.dtype.element_ty), mask=(rows < length)[:, None] & has_state[None, :])
 
 
 @triton.jit

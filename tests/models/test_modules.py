@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mamba_pretrain.models import modules
+from mamba_pretrain.models import mamba2, modules
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.init import initialize
@@ -53,3 +53,19 @@ def test_projections_give_a_model_the_gradients_of_linear_layers(pattern, device
     for name, gradient in expected.items():
         assert found[name].dtype == gradient.dtype == torch.float32
         assert (found[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["reference", "c"])
+def test_the_split_before_mamba2s_scan_changes_no_bit(implementation, compute, monkeypatch):
+    """Of any gradient, whether those of its parts are handed on or (the C kernel's in bf16, which are cast) concatenated."""
+
+    def plain(t, *shapes):
+        pieces = t.split([rows * columns for rows, columns in shapes], dim=-1)
+        return [piece.unflatten(-1, shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    loss, found = gradients("cpu", implementation, compute, pattern="mamba2")
+    monkeypatch.setattr(mamba2, "split", plain)
+    expected_loss, expected = gradients("cpu", implementation, compute, pattern="mamba2")
+    assert torch.equal(loss, expected_loss)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mamba_pretrain.ops import registry, triton_ssd
+from mamba_pretrain.ops.split import split
 from mamba_pretrain.ops.ssd_scan import ssd_scan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,6 +68,28 @@ def outcome(arguments: dict[str, Tensor], seq_idx: Tensor | None = None) -> list
     return [y, final, *torch.autograd.grad([y, final], list(inputs.values()), upstream)]
 
 
+def check_parts(arguments: dict[str, Tensor]) -> None:
+    """Gradients of x, B and C are neighbours in one buffer, which a split hands on; they are those of a plain split to the bit."""
+    shapes = [arguments[name].shape[2:] for name in ("x", "B", "C")]
+    others = {name: arguments[name] for name in ("dt", "A", "D", "dt_bias")}
+    whole = torch.cat([arguments[name].flatten(2) for name in ("x", "B", "C")], -1).requires_grad_()
+    dy, seen = torch.randn_like(arguments["x"]), []
+
+    def run(*pieces: Tensor) -> Tensor:
+        for piece in pieces:
+            piece.register_hook(seen.append)
+        with registry.using(ssd_scan="triton"):
+            y = ssd_scan(pieces[0], B=pieces[1], C=pieces[2], **others)
+        return torch.autograd.grad(y, whole, dy)[0]
+
+    found = run(*split(whole, *shapes))
+    assert all(g.untyped_storage().data_ptr() == found.untyped_storage().data_ptr() for g in seen)
+    assert found.is_contiguous()
+    widths = [shape.numel() for shape in shapes]
+    expected = run(*(piece.unflatten(-1, shape) for piece, shape in zip(whole.split(widths, -1), shapes, strict=True)))
+    assert torch.equal(found, expected)
+
+
 def isolation(check, device: str, dtype: torch.dtype, start: int, sizes: tuple[int, ...]) -> None:
     inputs = operands(2, 100, *sizes, dtype, "cpu")
     shared = {name: inputs.pop(name).to(device) for name in ("A", "D", "dt_bias")}
@@ -96,7 +119,9 @@ def test_tracing_knows_the_shapes():
     y, final, kept = triton_ssd.forward(*tensors, None, arguments["dt_bias"], bounds, None, *options)
     assert (y.shape, y.dtype, final.shape, kept.numel()) == ((2, 5, 4, 8), torch.bfloat16, (2, 4, 8, 4), 0)
     found = triton_ssd.backward(y, None, *tensors, None, arguments["dt_bias"], bounds, kept, *options)
-    expected = [*tensors, None, arguments["dt_bias"], final]
+    # x, B and C have theirs in one tensor.
+    x, dt, A, _, _, D = tensors
+    expected = [x.new_empty(2, 5, 4 * 8 + 2 * 2 * 4), dt, A, D, None, arguments["dt_bias"], final]
     for gradient, of in zip(found, expected, strict=True):
         assert of is None or (gradient.shape == of.shape and gradient.dtype == of.dtype and gradient.is_contiguous())
 
@@ -148,6 +173,12 @@ def test_strided_inputs_equal_contiguous_ones_in_the_interpreter(small_tiles):
     assert not arguments["x"].is_contiguous()
     for a, b in zip(outcome(arguments), outcome({k: t.contiguous() for k, t in arguments.items()}), strict=True):
         assert torch.equal(a, b)
+
+
+@interpreted
+@pytest.mark.parametrize("width", [20, 16])  # of a head
+def test_gradients_of_parts_are_handed_on_in_the_interpreter(small_tiles, width):
+    check_parts(operands(2, 40, 6, width, 2, 5, torch.float32, "cpu"))
 
 
 def interpret(tests: str) -> None:
@@ -236,6 +267,13 @@ def test_two_runs_are_equal_to_the_bit(dtype):
     seq_idx = (torch.rand(3, 1500, device="cuda") < 0.02).int().cumsum(1).int()
     for a, b in zip(outcome(arguments, seq_idx), outcome(arguments, seq_idx), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_of_parts_are_handed_on(groups, dtype):
+    check_parts(operands(2, 300, 8, 64, groups, 128, dtype, "cuda"))
 
 
 @pytest.mark.gpu

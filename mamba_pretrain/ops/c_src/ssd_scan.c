@@ -13,14 +13,15 @@
 enum { CHUNK = LANES, KEEP = 64, SPAN = KEEP / CHUNK, HEADS = 4, BLOCK = 4, WIDTH = BLOCK * LANES, ROWS = 8 };
 
 struct ssd {
-    struct rows x, dt, z, B, C, dy;  // x, z, dy (b, l, h * p); dt (b, l, h); B, C (b, l, g * n)
-    const float *A, *D, *bias;       // (h)
-    const uint8_t* starts;           // (b, l)
-    const float *initial, *dfinal;   // (b, h, p, n)
-    float *y, *final;
-    float* checkpoints;        // (b, spans, h, blocks, padded n, WIDTH): states before every KEEP steps
-    float *dx, *ddt, *dz;      // (b, l, h * p), (b, l, h)
-    float *dA, *dD, *dbias;    // sums of each row: (b, h)
+    struct rows x, dt, z, B, C;     // x, z and the next four (b, l, h * p); dt (b, l, h); B, C (b, l, g * n)
+    struct rows dy, y, dx, dz;
+    const float *A, *D, *bias;      // (h)
+    const uint8_t* starts;          // (b, l)
+    const float *initial, *dfinal;  // (b, h, p, n)
+    float* final;
+    float* checkpoints;         // (b, spans, h, blocks, padded n, WIDTH): states before every KEEP steps
+    float* ddt;                 // (b, l, h)
+    float *dA, *dD, *dbias;     // sums of each row: (b, h)
     float *dB, *dC, *dinitial;  // sums of each task: (b, g, parts, l, n); (b, h, p, n)
     int64_t length, heads, headdim, groups, states;
     float dt_min, dt_max;
@@ -195,11 +196,11 @@ INLINE void read_tile(const struct ssd* s, const struct rows* from, struct place
             to[i][v] = load(at(from, p.batch, first + i) + channel(s, p) + v * LANES, p.lanes - v * LANES);
 }
 
-INLINE void write_tile(const struct ssd* s, float* data, struct place p, int64_t first, tile from) {
-    int64_t steps = smaller(CHUNK, s->length - first), width = s->heads * s->headdim;
+INLINE void write_tile(const struct ssd* s, const struct rows* to, struct place p, int64_t first, tile from) {
+    int64_t steps = smaller(CHUNK, s->length - first);
     for (int64_t i = 0; i < steps; ++i)
         for (int64_t v = 0; v * LANES < p.lanes && v < BLOCK; ++v)
-            store(data + (p.batch * s->length + first + i) * width + channel(s, p) + v * LANES, from[i][v], p.lanes - v * LANES);
+            store(at(to, p.batch, first + i) + channel(s, p) + v * LANES, from[i][v], p.lanes - v * LANES);
 }
 
 INLINE void scale_rows(tile to, tile from, const float* factors) {
@@ -244,7 +245,7 @@ INLINE void forward_chunk(const struct ssd* s, struct place p, int64_t first, co
             if (s->D) y[i][v] += s->D[p.head] * x[i][v];
             if (s->z.data) y[i][v] *= z[i][v] * vsigmoid(z[i][v]);
         }
-    write_tile(s, s->y, p, first, y);
+    write_tile(s, &s->y, p, first, y);
 }
 
 // Gradients of one head's chunk, summed over its blocks.
@@ -274,7 +275,7 @@ INLINE void backward_chunk(const struct ssd* s, struct place p, int64_t first, c
                 dy[i][v] = dout * z[i][v] * gate;
                 z[i][v] = dout * (y[i][v] + D * x[i][v]) * gate * (1.0f + z[i][v] * (1.0f - gate));
             }
-        write_tile(s, s->dz, p, first, z);
+        write_tile(s, &s->dz, p, first, z);
     }
     scale_rows(decayed, dy, k->from_before);
     transpose(addedT, added);
@@ -300,7 +301,7 @@ INLINE void backward_chunk(const struct ssd* s, struct place p, int64_t first, c
         sums->ddt[i] += sum(through);
     }
     sums->dD += sum(dD);
-    write_tile(s, s->dx, p, first, dadded);
+    write_tile(s, &s->dx, p, first, dadded);
 }
 
 // Vectors that hold anything, as a constant that the products are compiled for.

@@ -25,7 +25,7 @@ WORLDS = (1, 2, 3, 4)
 SHARD_SIZE = {2: 2, 3: 3, 4: 2}  # hsdp's
 FP32 = 1e-5  # relative; sums in another order stay under 1e-6 in practice
 # A weight's gradient is rounded to bf16 (relative error 2**-9) once per micro-batch; ZeRO and FSDP2 add the micro-batches up in another order.
-# Over 20 steps of training that moves the loss by a few 1e-4; by up to 9e-4 under any of them in ten draws of data for the model `aligned`.
+# Over 20 steps of training that moves the loss by a few 1e-4, and by up to 9e-4 in the worst of ten draws of data (`aligned`, fsdp2 and ZeRO alike).
 BF16 = 1e-3
 SAVED_AT, CONTINUED = 3, 3  # a checkpoint after 3 steps, 3 more steps by whoever loads it
 # Sequences per micro-batch; 12 make a step. How a step is cut into micro-batches moves a bf16 loss by up to 8e-4 in 20 steps (measured in one

@@ -55,6 +55,10 @@ class DeepSpeedEngine(Engine):
         else:
             model.to_empty(device=self.topology.device)
             initialize(model, seed)
+        # ZeRO averages gradients over the processes. A loss multiplied by their number would make up for it, but change every rounding of a bf16
+        # backward pass unless that is a power of two. So the next power of two it is, and what is too much leaves the fp32 gradients in ``step``.
+        self._loss_scale = 1 << (self.topology.world_size - 1).bit_length()
+        self._excess = self._loss_scale / self.topology.world_size
         self._named: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
         self.optimizer = build_optimizer(self._named)
         if not isinstance(self.optimizer, torch.optim.AdamW):
@@ -75,8 +79,8 @@ class DeepSpeedEngine(Engine):
         return self._engine(tokens, boundaries, labels)
 
     def backward(self, loss: Tensor, divisor: Tensor) -> None:
-        """See ``Engine.backward``. ZeRO averages gradients over the processes, which is undone here; nothing else scales them."""
-        self._engine.backward(loss * (self.topology.world_size / divisor), scale_wrt_gas=False)
+        """See ``Engine.backward``. ZeRO's gradients are ``_excess`` times too large until ``step``; nothing else scales them."""
+        self._engine.backward(loss * (self._loss_scale / divisor), scale_wrt_gas=False)
 
     def step(self, lr: float, max_norm: float, skip_if: SkipIf | None = None) -> StepResult:
         """See ``Engine.step``. A norm that is not finite always skips the update: ZeRO treats it as an overflow."""
@@ -85,7 +89,10 @@ class DeepSpeedEngine(Engine):
         self._skip_if = skip_if
         self._norm = torch.full((), torch.inf, device=self.topology.device)
         self.await_copy()
+        # ZeRO divides gradients by this in the one multiplication that clips them. Between steps it is 1, or ``backward`` would apply it to the loss.
+        self._zero.loss_scale = self._excess
         self._engine.step()
+        self._zero.loss_scale = 1.0
         return StepResult(self._norm, bool(self._zero.overflow))
 
     def _watch_norm(self) -> None:
@@ -108,8 +115,8 @@ class DeepSpeedEngine(Engine):
             self._zero.scaled_global_norm = lambda: self._judged(global_norm())
 
     def _judged(self, norm: Tensor) -> Tensor:
-        """``norm``, or infinity in its place when the step is to be skipped."""
-        self._norm = norm.detach().clone()
+        """``norm``, which is ``_excess`` times too large, or infinity in its place when the step is to be skipped."""
+        self._norm = norm.detach() / self._excess
         skip = self._skip_if is not None and self._skip_if(self._norm)
         return torch.full_like(norm, torch.inf) if skip else norm
 

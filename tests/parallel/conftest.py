@@ -77,8 +77,11 @@ def two(worker, job, runs, single):
 
 @pytest.fixture(scope="session")
 def three(worker, job, runs, two):
-    """Shards of unequal size, some of them empty; and what two processes saved, continued by three under another engine."""
+    """Shards of unequal size, some of them empty; ZeRO offloaded and skipping; and what two processes saved, continued under another engine."""
     jobs = [job(f"{e}-{m}", e, 3, model=m, steps=3) for e in ENGINES for m in ("mamba1", "hybrid")]
+    jobs += [job(f"{e}-{m}-bf16", e, 3, model=m, steps=2, compute="bf16") for e in ENGINES for m in ("mamba1", "hybrid")]
+    jobs += [job(f"{e}-skip", e, 3, model="hybrid", steps=4, skip=[0, 2]) for e in ("zero1", "zero2", "zero3")]
+    jobs += [job(f"{e}-offload", e, 3, model="hybrid", steps=3, parallel={"cpu_offload": True}) for e in ("zero2", "zero3")]
     for target, source in zip(ENGINES, [*ENGINES[1:], ENGINES[0]], strict=True):
         jobs += [job(f"{target}-from-{source}-2", target, 3, model="hybrid", steps=5, first=3, load=str(runs / f"{source}-2"))]
     return worker.run_jobs(3, jobs, runs / "three")

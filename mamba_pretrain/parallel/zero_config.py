@@ -25,6 +25,7 @@ ELSEWHERE = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
     "activation_checkpointing": "parallel.activation_checkpointing",
+    "gradient_allreduce_op": "its default: whatever the engine, gradients are those of the mean loss over all processes' tokens",
 }
 
 

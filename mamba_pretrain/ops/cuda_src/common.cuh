@@ -156,22 +156,37 @@ struct Rows {
     }
 };
 
-// Brings ROWS steps of COLS channels from (batch, step, first) on into shared memory (PITCH elements a row), zeros outside the first
-// `rows` and `cols`. VECTOR: rows are whole, aligned 16-byte chunks and arrive asynchronously.
+// Tiles of ROWS steps and COLS channels (PITCH elements a row in shared memory) that THREADS threads bring one after another. Each thread
+// moves a pointer along: addresses from the beginning of the tensor take twice the instructions. VECTOR: rows are whole, aligned 16-byte
+// chunks and arrive asynchronously.
 template <bool VECTOR, int ROWS, int COLS, int PITCH, int THREADS>
-DEVICE void copy_tile(scalar_t* tile, const Rows& from, int batch, int step, int first, int rows, int cols, int thread) {
-    constexpr int CHUNK = VECTOR ? 16 / sizeof(scalar_t) : 1, A_ROW = COLS / CHUNK, COUNT = ROWS * A_ROW;
-    const bool whole = rows >= ROWS && cols >= COLS;
-#pragma unroll
-    for (int i = 0; i < (COUNT + THREADS - 1) / THREADS; ++i) {
-        const int v = thread + i * THREADS, row = v / A_ROW, col = v % A_ROW * CHUNK;
-        if (COUNT % THREADS != 0 && v >= COUNT) break;
-        const bool inside = whole || (row < rows && col < cols);
-        scalar_t* target = tile + row * PITCH + col;
-        if constexpr (VECTOR) {
-            copy_async<16>(target, from.at(batch, step + row) + first + col, inside);
-        } else {
-            *target = inside ? from.at(batch, step + row)[first + col] : scalar_t(0);
-        }
+struct TileStream {
+    static constexpr int CHUNK = VECTOR ? 16 / sizeof(scalar_t) : 1, A_ROW = COLS / CHUNK, COUNT = ROWS * A_ROW;
+    static constexpr bool ONE_COLUMN = THREADS % A_ROW == 0;  // all of a thread's chunks lie below its first
+    const char* next;                                         // the thread's first chunk of the next tile, or that tile's beginning
+    int row_bytes;
+
+    DEVICE TileStream(const Rows& from, int batch, int step, int first, unsigned thread)
+        : next(reinterpret_cast<const char*>(from.at(batch, step) + first)), row_bytes(from.row_bytes) {
+        if constexpr (ONE_COLUMN) next += offset_t(thread / A_ROW) * row_bytes + thread % A_ROW * CHUNK * sizeof(scalar_t);
     }
-}
+
+    // Brings the next tile, zeros outside the first `rows` and `cols`, and goes on by `steps`.
+    DEVICE void fetch(scalar_t* tile, int rows, int cols, unsigned thread, int steps) {
+        const bool whole = rows >= ROWS && cols >= COLS;
+#pragma unroll
+        for (int i = 0; i < (COUNT + THREADS - 1) / THREADS; ++i) {
+            const unsigned v = thread + i * THREADS, row = v / A_ROW, col = v % A_ROW * CHUNK;
+            if (COUNT % THREADS != 0 && v >= COUNT) break;
+            const bool inside = whole || (int(row) < rows && int(col) < cols);
+            const char* from = next + (ONE_COLUMN ? offset_t(i * (THREADS / A_ROW)) * row_bytes : offset_t(row) * row_bytes + col * sizeof(scalar_t));
+            scalar_t* target = tile + row * PITCH + col;
+            if constexpr (VECTOR) {
+                copy_async<16>(target, from, inside);
+            } else {
+                *target = inside ? *reinterpret_cast<const scalar_t*>(from) : scalar_t(0);
+            }
+        }
+        next += offset_t(steps) * row_bytes;
+    }
+};

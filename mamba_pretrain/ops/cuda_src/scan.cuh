@@ -153,7 +153,7 @@ DEVICE void convert_bc(const scalar_t (*raw)[2 * STATES], float (*B)[TWISTS][STA
     constexpr int VECTORS = 2 * STATES / VECTOR;
 #pragma unroll
     for (int first = 0; first < TILE * VECTORS; first += THREADS) {
-        const int v = first + threadIdx.x, step = v / VECTORS, n = v % VECTORS * VECTOR;
+        const unsigned v = first + threadIdx.x, step = v / VECTORS, n = v % VECTORS * VECTOR;
         if (TILE * VECTORS % THREADS != 0 && v >= TILE * VECTORS) break;
         float x[VECTOR];
         load<VECTOR>(&raw[step][n], x);
@@ -180,16 +180,16 @@ DEVICE void load_channels(const float* values, int first, int channels, float (&
     for (int i = 0; i < K; ++i) v[i] = values != nullptr && first + i < channels ? values[first + i] : 0.f;
 }
 
-// CPT channels of one row of a result, if it is `inside` the sequence.
-DEVICE void store_row(scalar_t* row, int first, int channels, const float (&v)[CPT], bool inside) {
+// CPT channels of a result from `first` on, to `at`, if they are `inside` the sequence.
+DEVICE void store_channels(scalar_t* at, int first, int channels, const float (&v)[CPT], bool inside) {
 #if VECTOR_IO && (SCALAR_TYPE == 0 || LANE_CHANNELS > 1)
     unsigned words[CPT * sizeof(scalar_t) / 4];
     to_words(v, words);
-    store_if(inside && first < channels, row + first, words);
+    store_if(inside && first < channels, at, words);
 #else
 #pragma unroll
     for (int c = 0; c < CPT; ++c)
-        if (inside && first + c < channels) row[first + c] = from_float(v[c]);
+        if (inside && first + c < channels) at[c] = from_float(v[c]);
 #endif
 }
 

@@ -80,11 +80,25 @@ struct BackwardBlock {
 static_assert(MIN_BLOCKS * (sizeof(BackwardBlock) + 1024) <= 228 * 1024, "blocks that are to share a multiprocessor fit into its memory");
 #endif
 
+using Activations = TileStream<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>;
+using BlockBC = TileStream<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>;
+
 struct Backward {
     const BackwardParams& p;
     BackwardBlock& block;
     BackwardWarp& tile;
     const int batch, channel0, lane;
+    Activations u, delta, dout, z;
+    BlockBC B, C;
+    offset_t out;  // where the lane's next results go
+    float* dBC;    // where those of the block go
+
+    DEVICE Backward(const BackwardParams& p, BackwardBlock& block, BackwardWarp& tile, int batch, int channel0, int lane, int last)
+        : p(p), block(block), tile(tile), batch(batch), channel0(channel0), lane(lane), u(p.u, batch, last, channel0, lane),
+          delta(p.delta, batch, last, channel0, lane), dout(p.dout, batch, last, channel0, lane), z(p.z, batch, last, channel0, lane),
+          B(p.B, batch, last, 0, threadIdx.x), C(p.C, batch, last, 0, threadIdx.x),
+          out((offset_t(batch) * p.length + last + (SUBS - 1) * SUB + part()) * p.channels + channel0 + own()),
+          dBC(p.dBC + ((offset_t(batch) * gridDim.x + blockIdx.x) * 2 * p.length + last) * STATES) {}
 
     DEVICE int quad() const { return quad_of<4>(lane); }  // its twist depends on bits 1 and 2
     DEVICE int part() const { return part_of(lane); }
@@ -93,20 +107,21 @@ struct Backward {
     // Where a channel lies in a row of dgate, whose size leaves no room for a pitch.
     DEVICE static int swizzled(int step, int channel) { return CPT == 4 ? channel ^ step % 4 * 4 : channel; }
 
-    DEVICE void issue(int start, int end, int stage) const {
+    // The tile before the last one that was fetched; it begins at `start`.
+    DEVICE void issue(int start, int end, int stage) {
         const int rows = end - start, cols = p.channels - channel0;
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.u[stage][0], p.u, batch, start, channel0, rows, cols, lane);
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.delta[stage][0], p.delta, batch, start, channel0, rows, cols, lane);
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.dout(stage)[0], p.dout, batch, start, channel0, rows, cols, lane);
+        u.fetch(tile.u[stage][0], rows, cols, lane, -TILE);
+        delta.fetch(tile.delta[stage][0], rows, cols, lane, -TILE);
+        dout.fetch(tile.dout(stage)[0], rows, cols, lane, -TILE);
 #if HAS_Z
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z(stage)[0], p.z, batch, start, channel0, rows, cols, lane);
+        z.fetch(tile.z(stage)[0], rows, cols, lane, -TILE);
 #endif
     }
 
-    DEVICE void issue_bc(int start, int end) const {
+    DEVICE void issue_bc(int start, int end) {
         const int rows = end - start;
-        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[0], p.B, batch, start, 0, rows, STATES, threadIdx.x);
-        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[0] + STATES, p.C, batch, start, 0, rows, STATES, threadIdx.x);
+        B.fetch(block.bc[0], rows, STATES, threadIdx.x, -TILE);
+        C.fetch(block.bc[0] + STATES, rows, STATES, threadIdx.x, -TILE);
         commit_copies();
     }
 
@@ -247,7 +262,7 @@ struct Backward {
 
     // The step that a lane received from the quad sums: du, d delta, dz, and the lane's share of dbias. No branches, so that what comes
     // before and behind mixes with it.
-    DEVICE void finish(int stage, int start, int sub, int valid, const float (&y)[CPT], const float (&dinput)[CPT], const float (&dlog)[CPT]) const {
+    DEVICE void finish(int stage, int sub, int valid, const float (&y)[CPT], const float (&dinput)[CPT], const float (&dlog)[CPT]) {
         const int channel = own(), step = sub * SUB + part();
         float D[CPT], dbias[CPT], u[CPT], delta[CPT], dy[CPT], du[CPT], ddelta[CPT];
         load<CPT>(&tile.D[channel], D);
@@ -274,12 +289,13 @@ struct Backward {
 #endif
         }
         const int first = channel0 + channel;
-        const offset_t row = (offset_t(batch) * p.length + start + step) * p.channels;
-        store_row(p.du + row, first, p.channels, du, step < valid);
-        store_row(p.ddelta + row, first, p.channels, ddelta, step < valid);
+        const bool inside = step < valid;
+        store_channels(p.du + out, first, p.channels, du, inside);
+        store_channels(p.ddelta + out, first, p.channels, ddelta, inside);
 #if HAS_Z
-        store_row(p.dz + row, first, p.channels, dz, step < valid);
+        store_channels(p.dz + out, first, p.channels, dz, inside);
 #endif
+        out -= SUB * p.channels;
         store<CPT>(tile.dbias[lane], dbias);
     }
 
@@ -394,14 +410,14 @@ struct Backward {
         sums(sub).take(lane, dlog);
     }
 
-    // dB and dC of a tile, summed over the warps of the block. All threads.
-    DEVICE void store_dbc(int start, int end) const {
+    // dB and dC of the tile that begins at `start`, summed over the warps of the block. All threads.
+    DEVICE void store_dbc(int start, int end) {
         constexpr int VECTORS = TILE * STATES / 4;
 #pragma unroll
         for (int first = 0; first < 2 * VECTORS; first += THREADS) {
-            const int v = first + threadIdx.x;
+            const unsigned v = first + threadIdx.x;
             if (2 * VECTORS % THREADS != 0 && v >= 2 * VECTORS) break;
-            const int which = v / VECTORS, at = v % VECTORS * 4, step = at / STATES;
+            const unsigned which = v / VECTORS, at = v % VECTORS * 4, step = at / STATES;
             float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) {
@@ -410,9 +426,9 @@ struct Backward {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) sum[i] += x[i];
             }
-            const offset_t row = ((offset_t(batch) * gridDim.x + blockIdx.x) * 2 + which) * p.length + start;
-            if (start + step < end) store<4>(p.dBC + row * STATES + at, sum);
+            if (start + int(step) < end) store<4>(dBC + offset_t(which) * p.length * STATES + at, sum);
         }
+        dBC -= TILE * STATES;
     }
 };
 
@@ -420,8 +436,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
     extern __shared__ __align__(16) char shared[];
     BackwardBlock& block = *reinterpret_cast<BackwardBlock*>(shared);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, batch = blockIdx.y, segment = blockIdx.z;
-    const Backward scan{p, block, block.warps[warp], batch, (int(blockIdx.x) * WARPS + warp) * WARP_CHANNELS, lane};
     const int begin = segment * p.segments.length, end = min(p.length, begin + p.segments.length);
+    const int last = begin + (end - begin - 1) / TILE * TILE;
+    Backward scan{p, block, block.warps[warp], batch, (int(blockIdx.x) * WARPS + warp) * WARP_CHANNELS, lane, last};
     const int channel = scan.channel0 + scan.own(), part = scan.part(), twist = scan.twist();
     const offset_t row = offset_t(batch) * p.segments.count + segment;
 
@@ -440,7 +457,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
 
     DocumentStarts documents;
     const offset_t seq_row = offset_t(batch) * p.length;
-    const int last = begin + (end - begin - 1) / TILE * TILE;
     documents.prefetch(p.seq_idx, seq_row, last, p.length, lane);
     scan.issue_checkpoint(last);
     scan.issue(last, end, 0);
@@ -467,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_backward(
             scan.ahead(sub, rate, a, h, y);
             if (sub == 0 && start > begin) scan.issue_checkpoint(start - TILE);
             scan.back(sub, rate, a, h, g, dA, dinput, dlog);
-            scan.finish(stage, start, sub, valid, y, dinput, dlog);
+            scan.finish(stage, sub, valid, y, dinput, dlog);
         }
     }
     __syncthreads();

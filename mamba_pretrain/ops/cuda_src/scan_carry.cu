@@ -68,25 +68,23 @@ struct Left {  // pairs of a warp that are not through, and their channels, a bi
     unsigned channels;
 };
 
+using Activations = TileStream<VECTOR_IO, TILE, WARP_CHANNELS, RAW_PITCH, 32>;
+using WarpBC = TileStream<VECTOR_BC, TILE, STATES, STATES, 32>;
+
 struct CarryWarp {
     CarryTile& tile;
     const int lane, channels;   // from the warp's first on
     const float* bias;          // of these, or null
     float* carry;               // of these
-    Rows values, delta, z, BC;  // at the tile that is fetched next
-
-    DEVICE static void move(Rows& rows, int batch, int step, int channel = 0) { rows.data = rows.at(batch, step) + channel; }
+    Activations values, delta, z;
+    WarpBC BC;
 
     // Fetches a tile, and moves on.
     DEVICE void issue(int rows, int stage) {
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, RAW_PITCH, 32>(tile.values[stage][0], values, 0, 0, 0, rows, channels, lane);
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, RAW_PITCH, 32>(tile.delta[stage][0], delta, 0, 0, 0, rows, channels, lane);
-        if constexpr (GATED) copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, RAW_PITCH, 32>(tile.z[stage][0], z, 0, 0, 0, rows, channels, lane);
-        copy_tile<VECTOR_BC, TILE, STATES, STATES, 32>(tile.bc[stage][0], BC, 0, 0, 0, rows, STATES, lane);
-        move(values, 0, DIRECTION);
-        move(delta, 0, DIRECTION);
-        if constexpr (GATED) move(z, 0, DIRECTION);
-        move(BC, 0, DIRECTION);
+        values.fetch(tile.values[stage][0], rows, channels, lane, DIRECTION);
+        delta.fetch(tile.delta[stage][0], rows, channels, lane, DIRECTION);
+        if constexpr (GATED) z.fetch(tile.z[stage][0], rows, channels, lane, DIRECTION);
+        BC.fetch(tile.bc[stage][0], rows, STATES, lane, DIRECTION);
     }
 
     DEVICE void take(Columns& own) const {
@@ -258,11 +256,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_carry(con
     const offset_t row = (offset_t(batch) * (p.segments.count - 1) + blockIdx.z) * p.channels + channel0;
     CarryTile& tile = reinterpret_cast<CarryTile*>(shared)[threadIdx.x >> 5];
     const float* bias = p.delta_bias != nullptr ? p.delta_bias + channel0 : nullptr;
-    CarryWarp warp{tile, lane, p.channels - channel0, bias, p.carry + row * STATES, p.values, p.delta, p.z, p.BC};
-    CarryWarp::move(warp.values, batch, first, channel0);
-    CarryWarp::move(warp.delta, batch, first, channel0);
-    if constexpr (GATED) CarryWarp::move(warp.z, batch, first, channel0);
-    CarryWarp::move(warp.BC, batch, first);
+    CarryWarp warp{tile,
+                   lane,
+                   p.channels - channel0,
+                   bias,
+                   p.carry + row * STATES,
+                   {p.values, batch, first, channel0, lane},
+                   {p.delta, batch, first, channel0, lane},
+                   {p.z, batch, first, channel0, lane},
+                   {p.BC, batch, first, 0, lane}};
     DocumentStarts documents;
     const offset_t seq_row = offset_t(batch) * p.length;
     documents.prefetch(p.seq_idx, seq_row, first, p.length, lane);

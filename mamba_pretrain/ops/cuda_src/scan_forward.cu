@@ -47,25 +47,38 @@ struct ForwardBlock {
     ForwardWarp warps[WARPS];
 };
 
+using Activations = TileStream<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>;
+using BlockBC = TileStream<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>;
+
 struct Forward {
     const ForwardParams& p;
     ForwardBlock& block;
     ForwardWarp& tile;
     const int batch, channel0, lane, end;
+    Activations u, delta, z;
+    BlockBC B, C;
+    scalar_t* out;  // where the lane's next result goes
 
-    DEVICE void issue_activations(int start, int stage) const {
+    DEVICE Forward(const ForwardParams& p, ForwardBlock& block, ForwardWarp& tile, int batch, int channel0, int lane, int begin, int end)
+        : p(p), block(block), tile(tile), batch(batch), channel0(channel0), lane(lane), end(end), u(p.u, batch, begin, channel0, lane),
+          delta(p.delta, batch, begin, channel0, lane), z(p.z, batch, begin, channel0, lane), B(p.B, batch, begin, 0, threadIdx.x),
+          C(p.C, batch, begin, 0, threadIdx.x),
+          out(p.y + (offset_t(batch) * p.length + begin + part_of(lane) * STEPS_A_LANE) * p.channels + channel0 + quad_of<TWIN>(lane) * CPT) {}
+
+    // The next tile, which begins at `start`; BC runs a tile ahead.
+    DEVICE void issue_activations(int start, int stage) {
         const int rows = end - start, cols = p.channels - channel0;
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.u[stage][0], p.u, batch, start, channel0, rows, cols, lane);
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.delta[stage][0], p.delta, batch, start, channel0, rows, cols, lane);
+        u.fetch(tile.u[stage][0], rows, cols, lane, TILE);
+        delta.fetch(tile.delta[stage][0], rows, cols, lane, TILE);
 #if HAS_Z
-        copy_tile<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>(tile.z[stage][0], p.z, batch, start, channel0, rows, cols, lane);
+        z.fetch(tile.z[stage][0], rows, cols, lane, TILE);
 #endif
     }
 
-    DEVICE void issue_bc(int start, int stage) const {
+    DEVICE void issue_bc(int start, int stage) {
         const int rows = end - start;
-        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0], p.B, batch, start, 0, rows, STATES, threadIdx.x);
-        copy_tile<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>(block.bc[stage][0] + STATES, p.C, batch, start, 0, rows, STATES, threadIdx.x);
+        B.fetch(block.bc[stage][0], rows, STATES, threadIdx.x, TILE);
+        C.fetch(block.bc[stage][0] + STATES, rows, STATES, threadIdx.x, TILE);
     }
 
     DEVICE void prepare(int stage, const float (&bias)[4], unsigned starts, int valid) const {
@@ -81,7 +94,7 @@ struct Forward {
     }
 
     // The lane's STEPS_A_LANE steps from `step` on, of the quad's channels.
-    DEVICE void finish(int stage, int start, int step, int valid, int channel, const float (&D)[CPT], const float (&sums)[4]) const {
+    DEVICE void finish(int stage, int step, int valid, int channel, const float (&D)[CPT], const float (&sums)[4]) {
         float u[STEPS_A_LANE][CPT], z[STEPS_A_LANE][CPT];
 #pragma unroll
         for (int r = 0; r < STEPS_A_LANE; ++r) {
@@ -90,7 +103,6 @@ struct Forward {
             load<CPT>(&tile.z[stage][step + r][channel], z[r]);
 #endif
         }
-        const offset_t row = (offset_t(batch) * p.length + start + step) * p.channels;
 #pragma unroll
         for (int r = 0; r < STEPS_A_LANE; ++r) {
             float y[CPT];
@@ -101,12 +113,13 @@ struct Forward {
                 y[c] *= z[r][c] * sigmoid(z[r][c]);
 #endif
             }
-            store_row(p.y + row + r * p.channels, channel0 + channel, p.channels, y, step + r < valid);
+            store_channels(out + r * p.channels, channel0 + channel, p.channels, y, step + r < valid);
         }
+        out += GROUP * p.channels;
     }
 
     // The recurrence over a tile.
-    DEVICE void walk(int stage, int start, int valid, int twist, const float (&D)[CPT], const float (&rate)[CPT][NPT], float (&h)[CPT][NPT]) const {
+    DEVICE void walk(int stage, int valid, int twist, const float (&D)[CPT], const float (&rate)[CPT][NPT], float (&h)[CPT][NPT]) {
         const int part = part_of(lane), own = quad_of<TWIN>(lane) * CPT;
         const QuadSums<4> exchange{tile.sums};
 #pragma unroll 1
@@ -139,7 +152,7 @@ struct Forward {
             for (int i = 0; i < QUAD; ++i) exchange.put(i, lane, parts[i]);
             __syncwarp();
             exchange.take(lane, sums);
-            finish(stage, start, group + part * STEPS_A_LANE, valid, own, D, sums);
+            finish(stage, group + part * STEPS_A_LANE, valid, own, D, sums);
         }
     }
 
@@ -162,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
     const int batch = blockIdx.y, segment = blockIdx.z;
     const int begin = segment * p.segments.length, end = min(p.length, begin + p.segments.length);
     ForwardWarp& tile = block.warps[warp];
-    const Forward scan{p, block, tile, batch, (int(blockIdx.x) * WARPS + warp) * WARP_CHANNELS, lane, end};
+    Forward scan{p, block, tile, batch, (int(blockIdx.x) * WARPS + warp) * WARP_CHANNELS, lane, begin, end};
 
     const int channel = scan.channel0 + quad * CPT;  // the quad's first
     const int twist = channel / TWIST_CHANNELS % TWISTS;
@@ -215,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_forward(c
             checkpoint += offset_t(p.channels) * STATES;
         }
         __syncwarp();
-        scan.walk(stage, start, valid, twist, D, rate, h);
+        scan.walk(stage, valid, twist, D, rate, h);
     }
     scan.store_final(twist, h);
 }

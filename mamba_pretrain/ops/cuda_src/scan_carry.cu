@@ -261,10 +261,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_carry(con
                    p.channels - channel0,
                    bias,
                    p.carry + row * STATES,
-                   {p.values, batch, first, channel0, lane},
-                   {p.delta, batch, first, channel0, lane},
-                   {p.z, batch, first, channel0, lane},
-                   {p.BC, batch, first, 0, lane}};
+                   {p.values, batch, first, channel0, unsigned(lane)},
+                   {p.delta, batch, first, channel0, unsigned(lane)},
+                   {p.z, batch, first, channel0, unsigned(lane)},
+                   {p.BC, batch, first, 0, unsigned(lane)}};
     DocumentStarts documents;
     const offset_t seq_row = offset_t(batch) * p.length;
     documents.prefetch(p.seq_idx, seq_row, first, p.length, lane);

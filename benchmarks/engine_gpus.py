@@ -2,7 +2,7 @@
 
     python benchmarks/engine_gpus.py --gpus 2                                  # everything: about 10 minutes on 2 H100
     python benchmarks/engine_gpus.py --gpus 2 --steps 40 --engines fsdp2 zero3 --models mamba2-370m --no-scaling
-    python benchmarks/engine_gpus.py --check                                   # of every model, and of scaling, the newest record counts
+    python benchmarks/engine_gpus.py --check                                   # of every model and engine, and of scaling, the newest counts
 
 Starts its own processes, one per GPU, and runs all jobs of a number of GPUs in one process group. Bars: loss curves of all engines within the
 bf16 band of each other; weak scaling of FSDP2 from 1 to 2 GPUs at least 95%.
@@ -172,15 +172,21 @@ def band(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of every model the newest record's runs, and the newest scaling, from records in order of time. Runs of two records are not compared."""
-    found: dict[str, Any] = {"gpus": records[-1]["gpus"], "runs": [], "scaling": [], "band": {}, "weak_scaling": None}
+    """Of every model and engine the newest run, and the newest scaling, from records in order of time. A model's runs with one recipe are compared,
+    of whichever launches they are; those with another recipe than the newest are left out."""
+    found: dict[str, Any] = {"gpus": records[-1]["gpus"], "scaling": [], "weak_scaling": None}
+    runs: dict[str, dict[str, Any]] = {}
+    recipes: dict[str, Any] = {}
     for record in records:
-        models = {run["model"] for run in record["runs"]}
-        found["runs"] = [run for run in found["runs"] if run["model"] not in models] + record["runs"]
-        found["band"] |= record["band"]
+        for run in record["runs"]:
+            model, recipe = run["model"], record.get("recipe")
+            if model not in runs or recipes[model] != recipe:
+                runs[model], recipes[model] = {}, recipe
+            runs[model][run["engine"]] = run
         if record["weak_scaling"] is not None:
             found |= {name: record[name] for name in ("scaling", "weak_scaling", "gpus")}
-    return found
+    found["runs"] = [run for of_model in runs.values() for run in of_model.values()]
+    return found | {"band": band(found["runs"])}
 
 
 def failures(payload: dict[str, Any]) -> list[str]:
@@ -211,7 +217,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     gpus, until = arguments.gpus, time.monotonic() + arguments.seconds
     places = max(1, torch.cuda.device_count() // gpus)
     large = {"model": "mamba1-1.4b", "steps": 16, "rows": arguments.large_rows, "speed_only": True}
-    found: dict[str, Any] = {"gpus": gpus, "runs": [], "scaling": [], "band": {}, "weak_scaling": None}
+    recipe = {"peak_rate": PEAK, "warm_up": WARM_UP, "steps": arguments.steps, "rows": arguments.rows}
+    found: dict[str, Any] = {"gpus": gpus, "recipe": recipe, "runs": [], "scaling": [], "band": {}, "weak_scaling": None}
     growing, lock = Growing("engine_gpus", arguments.output), threading.Lock()
 
     def left() -> float:

@@ -391,11 +391,12 @@ def check(result: dict[str, Any]) -> list[str]:
 
 
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of every model and length the newest row, from records in order of time."""
+    """Of every model and length the newest row that has a peer, from records in order of time."""
     parts: dict[str, dict[Any, dict[str, Any]]] = {"comparisons": {}, "best": {}, "parity": {}}
     for record in records:
         for part, rows in parts.items():
-            rows.update({(row["model"], row.get("length", LENGTH)): row for row in record.get(part, [])})
+            compared = (row for row in record.get(part, []) if any(not name.startswith("ours") for name in implementations(row)))
+            rows.update({(row["model"], row.get("length", LENGTH)): row for row in compared})
     return {part: list(rows.values()) for part, rows in parts.items()}
 
 

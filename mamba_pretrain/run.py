@@ -34,10 +34,10 @@ from mamba_pretrain.parallel import topology as ranks
 from mamba_pretrain.parallel.build import build_engine
 from mamba_pretrain.parallel.topology import Topology
 from mamba_pretrain.training.batch_schedule import BatchSchedule, total_steps
-from mamba_pretrain.training.callbacks import Beat, Callback, CollectGarbage, Evaluate, ReadMetrics, Sample, Save, StopOnSignal, WriteRows
+from mamba_pretrain.training.callbacks import Beat, CollectGarbage, Evaluate, ReadMetrics, Sample, Save, StopOnSignal, WriteRows
 from mamba_pretrain.training.evaluation import Evaluation, evaluate
 from mamba_pretrain.training.guards import ResumeGuard, SpikeGuard, describe_differences
-from mamba_pretrain.training.loop import FINISHED, Run, train_loop
+from mamba_pretrain.training.loop import FINISHED, Callback, Run, train_loop
 from mamba_pretrain.training.state import TrainState
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from data_tools.manifest import Manifest, Shard, Split, TokenizerInfo
 from mamba_pretrain import run
 from mamba_pretrain.checkpoint.store import CheckpointStore
 from mamba_pretrain.config import RunConfig
-from mamba_pretrain.training.callbacks import Callback
+from mamba_pretrain.training.loop import Callback
 
 
 class Fail(Callback):

@@ -1,41 +1,15 @@
-"""What happens around the steps: each callback has one job and the same few hooks."""
+"""What happens around the steps: each callback has one job."""
 
 from __future__ import annotations
 
 import gc
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mamba_pretrain.training.config import EvaluationConfig
 from mamba_pretrain.training.evaluation import Evaluation
-
-if TYPE_CHECKING:
-    from mamba_pretrain.training.loop import Run, StepRecord
-
-Row = dict[str, Any]
-
-
-class Callback:
-    """The hooks, all optional. Every rank runs every callback in the same order, so hooks may communicate."""
-
-    def on_start(self, run: Run) -> None:
-        """Before the first step."""
-
-    def on_step(self, run: Run, record: StepRecord) -> None:
-        """After a step has been queued on the device; reading the record's tensors waits for it."""
-
-    def on_row(self, run: Run, row: Row) -> None:
-        """A row of metrics is known on the host: a train row (one step late), an evaluation, an event, a sample of text."""
-
-    def on_save(self, run: Run) -> None:
-        """Before a checkpoint of the current state is taken."""
-
-    def on_stop(self, run: Run, reason: str) -> None:
-        """After the last step."""
-
-    def on_exit(self, run: Run) -> None:
-        """However training ended, by a failure too, so other ranks may be gone: for what must be put back in this process."""
+from mamba_pretrain.training.loop import Callback, Row, Run, StepRecord
 
 
 class ReadMetrics(Callback):

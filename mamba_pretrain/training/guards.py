@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from mamba_pretrain.training.callbacks import Callback, Row
 from mamba_pretrain.training.config import SpikeConfig
-
-if TYPE_CHECKING:
-    from mamba_pretrain.training.loop import Run, StepRecord
+from mamba_pretrain.training.loop import Callback, Row, Run, StepRecord
 
 
 class TrainingError(RuntimeError):

@@ -1,4 +1,4 @@
-"""The one training loop, whatever the model, engine or launcher."""
+"""The one training loop, whatever the model, engine or launcher, and the hooks around its steps."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from mamba_pretrain.training.step import StepMetrics, train_step
 if TYPE_CHECKING:
     from mamba_pretrain.data.loader import TrainingData
     from mamba_pretrain.parallel.engine import Engine
-    from mamba_pretrain.training.callbacks import Callback
 
 FINISHED = "finished"
+
+Row = dict[str, Any]  # of metrics
 
 
 @dataclass
@@ -66,6 +67,28 @@ class StepRecord:
     metrics: StepMetrics
     data_wait: float
     queued_at: float  # on the clock of time.perf_counter
+
+
+class Callback:
+    """The hooks, all optional. Every rank runs every callback in the same order, so hooks may communicate."""
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step."""
+
+    def on_step(self, run: Run, record: StepRecord) -> None:
+        """After a step has been queued on the device; reading the record's tensors waits for it."""
+
+    def on_row(self, run: Run, row: Row) -> None:
+        """A row of metrics is known on the host: a train row (one step late), an evaluation, an event, a sample of text."""
+
+    def on_save(self, run: Run) -> None:
+        """Before a checkpoint of the current state is taken."""
+
+    def on_stop(self, run: Run, reason: str) -> None:
+        """After the last step."""
+
+    def on_exit(self, run: Run) -> None:
+        """However training ended, by a failure too, so other ranks may be gone: for what must be put back in this process."""
 
 
 def train_loop(run: Run) -> str:

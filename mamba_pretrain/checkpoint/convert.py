@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from mamba_pretrain.checkpoint.files import write_segments
-from mamba_pretrain.checkpoint.portable import Segment
 from mamba_pretrain.checkpoint.reading import FORMAT, MANIFEST, folder_name
 from mamba_pretrain.checkpoint.store import publish, write_json
+from mamba_pretrain.parallel.portable import Segment
 
 
 def write_weights(folder: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:

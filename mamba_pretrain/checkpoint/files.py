@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mamba_pretrain.checkpoint.portable import Segment
+from mamba_pretrain.parallel.portable import Segment
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_tools.errors import UserError
 from mamba_pretrain.checkpoint.files import FileRecord, checksum
-from mamba_pretrain.checkpoint.portable import whole
+from mamba_pretrain.parallel.portable import whole
 
 MANIFEST = "manifest.json"
 LATEST = "latest"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from mamba_pretrain.checkpoint.portable import Segment
+from mamba_pretrain.parallel.portable import Segment
 
 # Elements allocated at once. Pinning costs milliseconds per call, and pinned memory is handed out in powers of two.
 CHUNK = 1 << 27

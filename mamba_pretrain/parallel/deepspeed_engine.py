@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.errors import UserError
-from mamba_pretrain.checkpoint.portable import Reader, Segment, check_moments, check_shapes, pieces
 from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.optim.build import Build, set_learning_rate
 from mamba_pretrain.parallel.engine import Engine, SkipIf, StepResult
+from mamba_pretrain.parallel.portable import Reader, Segment, check_moments, check_shapes, pieces
 from mamba_pretrain.parallel.recompute import recompute
 from mamba_pretrain.parallel.zero_config import import_deepspeed, zero_config
 from mamba_pretrain.parallel.zero_state import GroupPartitions, ParameterPartitions, ZeroState

@@ -20,8 +20,8 @@ from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
 from mamba_pretrain.parallel.topology import Topology, strategy_of
 
 if TYPE_CHECKING:
-    from mamba_pretrain.checkpoint.portable import Reader, Segment
     from mamba_pretrain.data.batch import Batch
+    from mamba_pretrain.parallel.portable import Reader, Segment
 
 log = logging.getLogger(__name__)
 

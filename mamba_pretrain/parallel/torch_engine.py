@@ -12,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from data_tools.errors import UserError
-from mamba_pretrain.checkpoint.portable import Reader, Segment, check_moments, check_shapes, pieces
 from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.optim.build import Build, set_learning_rate
@@ -20,6 +19,7 @@ from mamba_pretrain.optim.fused import fused_step, local_parts, takes_divisor
 from mamba_pretrain.parallel.config import graphs_unsupported
 from mamba_pretrain.parallel.engine import Engine, SkipIf, StepResult
 from mamba_pretrain.parallel.micro_batch_graphs import CudaRecorder, MicroBatchGraphs, Recorder
+from mamba_pretrain.parallel.portable import Reader, Segment, check_moments, check_shapes, pieces
 from mamba_pretrain.parallel.recompute import recompute
 from mamba_pretrain.parallel.replicas import Replicas
 from mamba_pretrain.parallel.sharding import local_part, shard, writes_copy

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mamba_pretrain.checkpoint.config import CheckpointConfig
-from mamba_pretrain.checkpoint.portable import Segment, split_range
 from mamba_pretrain.checkpoint.store import CheckpointStore
+from mamba_pretrain.parallel.portable import Segment, split_range
 from mamba_pretrain.parallel.topology import Topology
 
 SHAPES = {"model.embedding.weight": (7, 3), "model.layers.0.mixer.A_log": (5,), "optim.embedding.weight.exp_avg": (7, 3)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from mamba_pretrain.checkpoint.convert import write_weights
-from mamba_pretrain.checkpoint.portable import check_moments
 from mamba_pretrain.checkpoint.reading import list_checkpoints, open_checkpoint
+from mamba_pretrain.parallel.portable import check_moments
 
 
 def test_written_weights_are_a_checkpoint_without_moments(tmp_path):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from data_tools.errors import UserError
 from mamba_pretrain.checkpoint.files import write_segments
-from mamba_pretrain.checkpoint.portable import Segment, whole
 from mamba_pretrain.checkpoint.reading import FileReader, list_checkpoints, open_checkpoint
+from mamba_pretrain.parallel.portable import Segment, whole
 
 
 def test_the_newest_or_a_given_step(saved, make_engine):

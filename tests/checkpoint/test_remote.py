@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from data_tools.errors import UserError
-from mamba_pretrain.checkpoint.portable import whole
 from mamba_pretrain.checkpoint.reading import list_checkpoints
 from mamba_pretrain.checkpoint.remote import RemoteFolder
+from mamba_pretrain.parallel.portable import whole
 
 
 @pytest.fixture(params=["memory", "file"])

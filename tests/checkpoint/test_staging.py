@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from mamba_pretrain.checkpoint import staging
-from mamba_pretrain.checkpoint.portable import Segment
 from mamba_pretrain.checkpoint.staging import StagingBuffers, allocate
+from mamba_pretrain.parallel.portable import Segment
 
 
 def segments(*sizes):

@@ -11,10 +11,10 @@ import torch
 
 from data_tools.errors import UserError
 from mamba_pretrain.checkpoint import store as store_module
-from mamba_pretrain.checkpoint.portable import whole
 from mamba_pretrain.checkpoint.reading import latest_step, list_checkpoints, open_checkpoint
 from mamba_pretrain.checkpoint.staging import StagedCopy, StagingBuffers
 from mamba_pretrain.checkpoint.store import SaveError
+from mamba_pretrain.parallel.portable import whole
 
 
 def same(checkpoint, full):

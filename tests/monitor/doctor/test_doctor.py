@@ -255,7 +255,7 @@ def test_fault_small_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def write_checkpoint(run: Path, step: int) -> Path:
     from mamba_pretrain.checkpoint.files import write_segments
-    from mamba_pretrain.checkpoint.portable import Segment
+    from mamba_pretrain.parallel.portable import Segment
 
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_tools.errors import UserError
-from mamba_pretrain.checkpoint.portable import check_moments, check_shapes, pieces, split_range
+from mamba_pretrain.parallel.portable import check_moments, check_shapes, pieces, split_range
 
 
 class Shapes:

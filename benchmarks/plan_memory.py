@@ -148,8 +148,8 @@ def planned(point: dict[str, Any]) -> Any:
     import torch
 
     from mamba_pretrain.models.language_model import LanguageModel
-    from mamba_pretrain.monitor.planning import memory
-    from mamba_pretrain.monitor.planning.activations import Options
+    from mamba_pretrain.planning import memory
+    from mamba_pretrain.planning.activations import Options
 
     config = model_config(point["model"])
     with torch.device("meta"):
@@ -222,7 +222,7 @@ def check(found: dict[str, Any]) -> list[str]:
 
 def planned_block(block: dict[str, Any]) -> Any:
     """The plan of a block that was measured alone."""
-    from mamba_pretrain.monitor.planning.activations import Options, block_cost
+    from mamba_pretrain.planning.activations import Options, block_cost
 
     config = model_config(block["model"])
     return block_cost(config, config.layer_mixers[0], block["micro_batch"], LENGTH, Options())

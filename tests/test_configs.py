@@ -8,7 +8,7 @@ import yaml
 
 from mamba_pretrain.config import load_config
 from mamba_pretrain.models.model_flops import describe
-from mamba_pretrain.monitor.planning.plan import Machine, make_plan
+from mamba_pretrain.planning.plan import Machine, make_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDERS = ("mamba1", "mamba2", "hybrid", "scaling-law", "long-context")

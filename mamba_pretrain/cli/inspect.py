@@ -54,9 +54,9 @@ def plan(
     from rich.console import Console
 
     from mamba_pretrain.config import load_config
-    from mamba_pretrain.monitor.planning.communication import Network
-    from mamba_pretrain.monitor.planning.plan import Machine, Planner, make_plan
-    from mamba_pretrain.monitor.planning.show import show_found, show_plan
+    from mamba_pretrain.planning.communication import Network
+    from mamba_pretrain.planning.plan import Machine, Planner, make_plan
+    from mamba_pretrain.planning.show import show_found, show_plan
 
     run = load_config(config, overrides or [])
     network = Network(gpus_per_node=gpus_per_node, between_nodes=between_nodes * 1e9)
@@ -100,8 +100,8 @@ def doctor(
     from rich.console import Console
 
     from mamba_pretrain.config import load_config
-    from mamba_pretrain.monitor.doctor.check import Check
-    from mamba_pretrain.monitor.doctor.examine import Screen, examine
+    from mamba_pretrain.doctor.check import Check
+    from mamba_pretrain.doctor.examine import Screen, examine
 
     run = load_config(config, overrides or []) if config is not None else None
     console = Console(stderr=json_output, quiet=json_output and not sys.stderr.isatty())

@@ -57,10 +57,10 @@ def run(words: list[str]) -> None:
 
 
 def test_the_way_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mamba_pretrain.monitor.doctor import examine
+    from mamba_pretrain.doctor import examine
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(examine, "_parity", lambda config: [])  # tests/monitor/doctor runs it
+    monkeypatch.setattr(examine, "_parity", lambda config: [])  # tests/doctor runs it
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     (tmp_path / "texts").mkdir()
     for page in (REPOSITORY / "docs").glob("*.md"):

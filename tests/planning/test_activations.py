@@ -12,8 +12,8 @@ from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.fp8 import use_fp8
 from mamba_pretrain.models.language_model import LanguageModel
-from mamba_pretrain.monitor.planning.activations import Options, _measure, block_cost, measure_block
 from mamba_pretrain.ops import registry
+from mamba_pretrain.planning.activations import Options, _measure, block_cost, measure_block
 
 BF16 = Options(torch.bfloat16, fused=False)
 CASES = [

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import UserError
-from mamba_pretrain.monitor.doctor.check import Begun, Check, from_error, green, grey, red, yellow
-from mamba_pretrain.monitor.doctor.op_cases import CASES, STEPS, arguments
+from mamba_pretrain.doctor.check import Begun, Check, from_error, green, grey, red, yellow
+from mamba_pretrain.doctor.op_cases import CASES, STEPS, arguments
 from mamba_pretrain.ops import registry
 from mamba_pretrain.ops.config import OpsConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mamba_pretrain.monitor.planning.memory import Sharding, sharding
+from mamba_pretrain.planning.memory import Sharding, sharding
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mamba_pretrain.monitor.doctor.check import Begun, Check, red
+from mamba_pretrain.doctor.check import Begun, Check, red
 from mamba_pretrain.ops.config import OpsConfig
 
 COMMAND = [sys.executable, "-m", __name__]
@@ -134,7 +134,7 @@ def main(pipe: int, wanted: Wanted) -> None:
     """The process: every case, one after another."""
     import torch
 
-    from mamba_pretrain.monitor.doctor.parity import parity, serving
+    from mamba_pretrain.doctor.parity import parity, serving
 
     use_one_configuration_per_kernel()
     device = torch.device(wanted.device)

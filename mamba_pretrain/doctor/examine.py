@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mamba_pretrain.monitor.doctor import hardware, inputs, software
-from mamba_pretrain.monitor.doctor.check import Begun, Check, guarded
+from mamba_pretrain.doctor import hardware, inputs, software
+from mamba_pretrain.doctor.check import Begun, Check, guarded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +60,7 @@ def examine(run_dir: Path, config: RunConfig | None = None) -> Iterator[Check | 
 def _parity(config: RunConfig | None) -> Iterator[Check | Begun]:
     import torch
 
-    from mamba_pretrain.monitor.doctor.parity_process import Wanted, parity_apart
+    from mamba_pretrain.doctor.parity_process import Wanted, parity_apart
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if config is None:

@@ -12,7 +12,7 @@ import torch
 
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.language_model import LanguageModel
-from mamba_pretrain.monitor.planning.activations import BlockCost, Options, block_cost
+from mamba_pretrain.planning.activations import BlockCost, Options, block_cost
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 FP32, BF16, FP8 = 4, 2, 1

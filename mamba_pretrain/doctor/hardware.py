@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mamba_pretrain.monitor.doctor.check import Check, green, grey, red
+from mamba_pretrain.doctor.check import Check, green, grey, red
 from mamba_pretrain.monitor.text import gigabytes
 from mamba_pretrain.monitor.throughput import peak_flops
 

@@ -15,14 +15,14 @@ from data_tools.errors import UserError
 from mamba_pretrain.config import load_config
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.language_model import LanguageModel
-from mamba_pretrain.monitor.planning import advice, communication, memory, speed
-from mamba_pretrain.monitor.planning.activations import Options
-from mamba_pretrain.monitor.planning.plan import Machine, Planner, make_plan, strategy_on
-from mamba_pretrain.monitor.planning.show import show_found, show_plan
+from mamba_pretrain.planning import advice, communication, memory, speed
+from mamba_pretrain.planning.activations import Options
+from mamba_pretrain.planning.plan import Machine, Planner, make_plan, strategy_on
+from mamba_pretrain.planning.show import show_found, show_plan
 
 MakeConfig = Callable[..., Any]
 TABLE = list(speed.PEER_TABLE)
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def shape_of(config: ModelConfig) -> memory.Shape:
@@ -149,7 +149,7 @@ def test_find_proposes_what_fits_and_is_fastest(run_config: MakeConfig) -> None:
 
 def test_speed_of_a_measured_model_is_the_measurement(run_config: MakeConfig) -> None:
     planner = Planner(run_config(), Machine.of("H100", 1))
-    from mamba_pretrain.monitor.planning.plan import _flops_of_measured
+    from mamba_pretrain.planning.plan import _flops_of_measured
 
     config, flops = planner.config.model, planner.training_flops
     exact = speed.expected_speed(config, flops, _flops_of_measured, "H100", TABLE)

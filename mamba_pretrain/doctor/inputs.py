@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mamba_pretrain.monitor.doctor.check import Check, green, grey, red
+from mamba_pretrain.doctor.check import Check, green, grey, red
 
 if TYPE_CHECKING:
     from data_tools.manifest import Manifest

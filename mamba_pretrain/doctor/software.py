@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mamba_pretrain.monitor.doctor.check import Check, green, grey, red, yellow
+from mamba_pretrain.doctor.check import Check, green, grey, red, yellow
 
 if TYPE_CHECKING:
     from mamba_pretrain.config import RunConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mamba_pretrain.monitor.planning.plan import Candidate, Machine, Plan
 from mamba_pretrain.monitor.text import duration, gigabytes, percent, si
+from mamba_pretrain.planning.plan import Candidate, Machine, Plan
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,7 @@ from typing import Any
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.monitor.throughput import device_entry
 
-RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 PEERS = "mamba_ssm 2.3.2 on one H100, bf16, length 2048"
 # A step's time by what the backward pass computes again, as a multiple of one that keeps all. A block's forward pass is one more beside three;
 # the others are by the kernels' times in a step of Mamba-1 at 370m to 1.4b on an H100.

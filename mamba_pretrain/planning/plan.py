@@ -14,10 +14,10 @@ from mamba_pretrain.models import model_flops
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.monitor import run_folder
-from mamba_pretrain.monitor.planning import advice, communication, memory, speed
-from mamba_pretrain.monitor.planning.activations import Options
 from mamba_pretrain.monitor.throughput import DEVICES, device_entry
 from mamba_pretrain.parallel.config import graphs_unsupported
+from mamba_pretrain.planning import advice, communication, memory, speed
+from mamba_pretrain.planning.activations import Options
 
 if TYPE_CHECKING:
     from mamba_pretrain.config import RunConfig

@@ -22,12 +22,12 @@ from data_tools.manifest import Manifest, Shard, Split, TokenizerInfo, xxh3
 from data_tools.tokenizers import load_tokenizer
 from mamba_pretrain.cli import app
 from mamba_pretrain.config import RunConfig, load_config
+from mamba_pretrain.doctor import hardware, inputs, parity_process, software
+from mamba_pretrain.doctor.check import Begun, Check, green, guarded
+from mamba_pretrain.doctor.examine import COMMON_OPS, MIXER_OPS
+from mamba_pretrain.doctor.op_cases import CASES, STEPS
+from mamba_pretrain.doctor.parity import parity, serving
 from mamba_pretrain.models.config import MIXERS
-from mamba_pretrain.monitor.doctor import hardware, inputs, parity_process, software
-from mamba_pretrain.monitor.doctor.check import Begun, Check, green, guarded
-from mamba_pretrain.monitor.doctor.examine import COMMON_OPS, MIXER_OPS
-from mamba_pretrain.monitor.doctor.op_cases import CASES, STEPS
-from mamba_pretrain.monitor.doctor.parity import parity, serving
 from mamba_pretrain.ops import cc, registry
 from mamba_pretrain.ops.config import OpsConfig
 
@@ -110,7 +110,7 @@ def test_fault_optional_package_missing_is_red_only_for_a_run_that_needs_it(plan
 
 
 def quickstart_config(*overrides: str) -> RunConfig:
-    return load_config(Path(__file__).parents[3] / "configs" / "quickstart.yaml", list(overrides))
+    return load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml", list(overrides))
 
 
 def one_about(package: str, checks: Iterator[Check]) -> Check:
@@ -193,7 +193,7 @@ def test_fault_implementation_raises(broken_op: Any) -> None:
 # A checking process with three implementations of one op: one ends the process, one hangs, one is right.
 CRASHING = """
 import os, sys, time, json
-from mamba_pretrain.monitor.doctor import parity_process as process
+from mamba_pretrain.doctor import parity_process as process
 from mamba_pretrain.ops import registry
 
 reference = next(i for i in registry.implementations("rms_norm") if i.name == "reference").function
@@ -410,7 +410,7 @@ def test_a_healthy_machine_is_green(tmp_path: Path) -> None:
 
 def test_red_gives_exit_code_one_and_says_how_to_mend(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    code = "from mamba_pretrain.monitor.doctor import examine as e; "
+    code = "from mamba_pretrain.doctor import examine as e; "
     code += "e.hardware.all_reduce = e.hardware.ceilings = lambda: []; e._parity = lambda config: []; "
     code += "from mamba_pretrain.cli import main; main(['doctor', '--run-dir', sys_argv])"
     code = code.replace("sys_argv", repr(str(tmp_path / "file")))

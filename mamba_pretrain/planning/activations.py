@@ -24,8 +24,8 @@ from mamba_pretrain.models.block import Block
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.fp8 import use_fp8
-from mamba_pretrain.monitor.planning import kernels
 from mamba_pretrain.parallel.recompute import checkpoint_options, policy_of
+from mamba_pretrain.planning import kernels
 
 
 class LiveBytes(TorchDispatchMode):

@@ -24,7 +24,7 @@ from mamba_pretrain.models.block import Block
 from mamba_pretrain.models.boundaries import Boundaries
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.fp8 import use_fp8
-from mamba_pretrain.parallel.recompute import checkpoint_options, policy_of
+from mamba_pretrain.parallel.recompute import KEPT, checkpoint_options, policy_of
 from mamba_pretrain.planning import kernels
 
 
@@ -122,8 +122,9 @@ def measure_block(block: nn.Module, d_model: int, batch: int, length: int, optio
         leaf.requires_grad_()
     shared = (boundaries.seq_idx, boundaries.positions, boundaries.attention_mask)  # of the batch, for all blocks
     with LiveBytes([*block.parameters(), *leaves, *shared]) as live:
-        # As in the middle of a model: inputs that nobody but the block keeps, outputs that live on only where they are kept.
-        hidden, residual = (leaf * 1 for leaf in leaves)
+        # As in the middle of a model: inputs that nobody but the block keeps, outputs that live on only where they are kept. Where results of
+        # projections are kept, the hidden state is one that the block before keeps.
+        hidden, residual = (leaf if kept else leaf * 1 for leaf, kept in zip(leaves, (options.recompute in KEPT, False), strict=True))
         start = live.now
         with torch.autocast("cpu", dtype, enabled=options.compute is not None):
             arguments = (hidden, residual, boundaries if options.packed else None)

@@ -146,8 +146,6 @@ class _Timeline:
             copied = BF16 if options.fp8 == "off" else FP8
             self.costs = [replace(c, saved=max(0.0, c.saved - copied * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
         self.accumulating, self.kept_gradients = accumulating, kept_gradients
-        # Autocast caches its bf16 copies of the weights until the forward pass ends, also where recomputation keeps nothing else.
-        self.casts = float(BF16 * sum(shape.blocks)) if mixed and options.recompute != "none" and not self.gathers else 0.0
         self.base = {
             "weights": FP32 * shape.total * split.parameter_share,
             "optimizer": moments_bytes * shape.total * split.optimizer_share,
@@ -175,7 +173,7 @@ class _Timeline:
     def moments(self) -> list[Memory]:
         """Candidates for the peak, in the order of time."""
         saved = sum(cost.saved for cost in self.costs)
-        working = max(c.forward - c.saved for c in self.costs) + self.casts
+        working = max(c.forward - c.saved for c in self.costs)
         found = [self._moment("forward pass of the last block", saved, working=working)]
         found += self._head(saved)
         finished = self.shape.total - sum(self.shape.blocks)
@@ -200,7 +198,7 @@ class _Timeline:
         forward: dict[str, float] = {"loss": 2 * hidden + FP32 * table + cast + per_logit * chunk_rows * rows}
         backward: dict[str, float] = {"loss": 2 * hidden + 2 * FP32 * table}
         return [
-            self._moment("loss, forward", saved + norm, working=self.casts, extra=forward),
+            self._moment("loss, forward", saved + norm, extra=forward),
             self._moment("loss, backward", saved + norm, extra=backward),
         ]
 

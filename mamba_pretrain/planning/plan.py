@@ -132,7 +132,8 @@ class Planner:
         """A step's computing on one GPU."""
         if self.speed is None:
             return None
-        return self.batch_samples * self.length / self.speed.tokens_per_second * speed.RECOMPUTE_COST[recompute]
+        rate = self.speed.tokens_per_second * speed.fp8_gain(self.config.precision.fp8, self.config.model.d_model)
+        return self.batch_samples * self.length / rate * speed.RECOMPUTE_COST[recompute]
 
     def traffic(self, strategy: str, micro_batch: int) -> list[communication.Traffic]:
         """What a step sends."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,25 @@ def test_peaks_measured_on_an_h100(name: str, config: str, micro_batch: int, acc
     assert planned / 1e9 == pytest.approx(peak(json.loads(first.read_text())), rel=0.10)
 
 
+def replayed() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Models, options and results of our training steps on one H100, from the records since steps are replayed."""
+    for path in sorted((REPOSITORY / "benchmarks" / "results").glob("train_step-nvidia-h100-*.json")):
+        record = json.loads(path.read_text())
+        for row in record["comparisons"] if record["date"] >= "2026-11-28" else ():
+            for name, found in row.items():
+                if name.startswith("ours") and found.get("graphs") == "replayed":
+                    yield row["model"], name.partition("+")[2], found
+
+
+@pytest.mark.parametrize(("model", "options", "found"), replayed(), ids=lambda value: value if isinstance(value, str) else "")
+def test_peaks_of_replayed_steps(model: str, options: str, found: dict[str, Any]) -> None:
+    chosen = dict(option.split("=") for option in options.split("+") if option)
+    config = load_config(REPOSITORY / "configs" / f"{model.replace('-', '/', 1)}.yaml").model
+    run = Options(recompute=chosen.get("activation_checkpointing", "none"), fp8=chosen.get("fp8", "off"))
+    planned = memory.estimate(config, shape_of(config), memory.sharding("single", 1), found["batch"], 2048, options=run).peak
+    assert planned / 1e9 == pytest.approx(found["peak_gb"], rel=0.035)
+
+
 def test_the_loss_holds_a_chunk_of_logits_once_where_it_is_fused() -> None:
     config = ModelConfig(mixer="mamba1", n_layer=1, d_model=64, vocab_size=50000, pad_vocab_size_multiple=16)
     shape, one = shape_of(config), memory.sharding("single", 1)
@@ -145,6 +164,16 @@ def test_find_proposes_what_fits_and_is_fastest(run_config: MakeConfig) -> None:
     text = console.export_text()
     assert f"train.micro_batch_size={found[0].micro_batch}" in text
     assert "nothing fits" in text
+
+
+def test_fp8_makes_wide_models_faster(run_config: MakeConfig) -> None:
+    found = {}
+    for width in (768, 2048):
+        config = run_config(mixer="mamba1", d_model=width, n_layer=48)
+        plain = Planner(config, Machine.of("H100", 1)).compute_seconds("none")
+        config.precision = config.precision.model_copy(update={"fp8": "tensorwise"})
+        found[width] = plain / Planner(config, Machine.of("H100", 1)).compute_seconds("none")
+    assert found == {768: 1.0, 2048: pytest.approx(1.15)}
 
 
 def test_speed_of_a_measured_model_is_the_measurement(run_config: MakeConfig) -> None:

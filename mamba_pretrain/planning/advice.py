@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.monitor.text import si
+from mamba_pretrain.ops.cuda_scan_kernels import STATES
 
 INT32 = 2**31
 # Published recipes (arXiv:2312.00752 appendix E.2, arXiv:2405.21060 appendix D): parameters, peak lr of Mamba-1 and Mamba-2, batch.
@@ -52,14 +53,22 @@ def shape_warnings(config: ModelConfig, length: int) -> list[str]:
     mixers = set(config.layer_mixers)
     if "mamba1" in mixers and config.d_state > 256:
         found.append(f"d_state {config.d_state} is above 256, which no selective-scan kernel takes; the slow reference would run")
+    elif "mamba1" in mixers and config.d_state not in STATES:
+        found.append(
+            f"d_state {config.d_state} is none of {', '.join(map(str, STATES))}: on GPUs mamba-ssm's selective scan serves it, which is slower "
+            "and takes no packed documents"
+        )
     if "mamba2" in mixers:
         if (2 * config.d_inner + 2 * config.ngroups * config.d_state + config.n_ssm_head) % 8:
             found.append(
-                "Mamba-2's in_proj width 2 d_inner + 2 ngroups d_state + heads is no multiple of 8: causal-conv1d needs strides of 8; "
-                "choose headdim so that the number of heads is a multiple of 8"
+                "Mamba-2's in_proj width 2 d_inner + 2 ngroups d_state + heads is no multiple of 8: its rows are no whole vectors, so matmuls and "
+                "convolution are slower, and causal-conv1d refuses them; choose headdim so that the number of heads is a multiple of 8"
             )
         if config.headdim & (config.headdim - 1) or config.d_state & (config.d_state - 1):
-            found.append(f"headdim {config.headdim} or d_state {config.d_state} is no power of two: the Triton kernels pad to the next one")
+            found.append(
+                f"headdim {config.headdim} or d_state {config.d_state} is no power of two: on GPUs mamba-ssm's scan serves it, slower than our own "
+                "and padded to the next one"
+            )
         if length % config.chunk_size:
             found.append(f"length {length} is no multiple of chunk_size {config.chunk_size}: the last chunk of each sequence is padding")
     return found
@@ -81,6 +90,16 @@ def recipe_warnings(config: ModelConfig, n_parameters: int, batch_tokens: int, t
         ratio = total_tokens / n_parameters
         found.append(f"{ratio:.1f} tokens per parameter is under the compute-optimal {TOKENS_PER_PARAMETER} (arXiv:2203.15556)")
     return found
+
+
+def engine_warnings(strategy: str, step_seconds: float | None, launching_seconds: float) -> list[str]:
+    """A GPU that would wait for Python."""
+    if not launching_seconds or step_seconds is None or step_seconds > launching_seconds:
+        return []
+    return [
+        f"under {strategy} Python launches every kernel, and a step takes {launching_seconds:.2g} s however fast the GPUs are; "
+        "parallel.strategy=fsdp2 replays CUDA graphs, or raise train.micro_batch_size"
+    ]
 
 
 def batch_warnings(batch_samples: int, micro_batch: int, gpus: int) -> list[str]:

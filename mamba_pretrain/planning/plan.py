@@ -135,6 +135,12 @@ class Planner:
         rate = self.speed.tokens_per_second * speed.fp8_gain(self.config.precision.fp8, self.config.model.d_model)
         return self.batch_samples * self.length / rate * speed.RECOMPUTE_COST[recompute]
 
+    def launching_seconds(self, strategy: str, micro_batch: int) -> float:
+        """What a step takes at least on a GPU that waits for Python."""
+        if self.machine.device == "cpu":
+            return 0.0
+        return speed.launching_seconds(strategy, self.config.model.n_layer, self.accumulation(micro_batch))
+
     def traffic(self, strategy: str, micro_batch: int) -> list[communication.Traffic]:
         """What a step sends."""
         split = self.split(strategy)
@@ -156,6 +162,7 @@ class Planner:
         if compute is not None:
             per_rank = -(-self.batch_samples // self.machine.gpus) / self.batch_samples
             seconds = communication.step_seconds(compute * per_rank, self.traffic(strategy, micro_batch), self.machine.network)
+            seconds = max(seconds, self.launching_seconds(strategy, micro_batch))
         return Candidate(strategy, micro_batch, recompute, found.peak, found.needed, fits, seconds)
 
     def candidates(self) -> list[Candidate]:
@@ -285,6 +292,9 @@ def _warnings(planner: Planner, used: memory.Memory) -> list[str]:
             f"needs {used.needed / 1e9:.1f} GB but {machine.device} has {machine.memory_bytes / 1e9:.1f}: out of memory; try plan --find"
         )
     found += advice.batch_warnings(planner.batch_samples, micro_batch, machine.gpus)
+    strategy = strategy_on(config.parallel.strategy, machine.gpus)
+    step = planner.candidate(strategy, micro_batch, config.parallel.activation_checkpointing).step_seconds
+    found += advice.engine_warnings(strategy, step, planner.launching_seconds(strategy, micro_batch))
     found += advice.overflow_warnings(model, micro_batch, planner.length)
     found += advice.shape_warnings(model, planner.length)
     if config.train.init_from is None:  # a run that goes on from trained weights has a rate and a length of its own

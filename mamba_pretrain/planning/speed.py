@@ -61,6 +61,16 @@ class Speed:
     source: str
 
 
+# What Python needs to launch a block's kernels, forward and backward, under DeepSpeed: by Mamba-1 and Mamba-2 370m on two H200s
+# (benchmarks/engine_gpus.py). The other engines replay CUDA graphs.
+LAUNCHING_SECONDS = {"zero1": 4e-3, "zero2": 4e-3, "zero3": 10e-3}
+
+
+def launching_seconds(strategy: str, n_layer: int, micro_batches: int) -> float:
+    """The least time of a step on GPUs, however fast they are."""
+    return LAUNCHING_SECONDS.get(strategy, 0.0) * n_layer * micro_batches
+
+
 def fp8_gain(recipe: str, d_model: int) -> float:
     """How many times as fast a step is with ``precision.fp8``."""
     return FP8_GAIN[recipe] if d_model >= FP8_MEASURED_WIDTH else 1.0

@@ -166,6 +166,16 @@ def test_find_proposes_what_fits_and_is_fastest(run_config: MakeConfig) -> None:
     assert "nothing fits" in text
 
 
+def test_zero_waits_for_python_where_steps_are_short(run_config: MakeConfig) -> None:
+    small = run_config(mixer="mamba1", n_layer=48, d_model=1024, batch=16, micro=8, strategy="zero3")
+    planner = Planner(small, Machine.of("H100", 2))
+    assert planner.candidate("zero3", 8, "none").step_seconds == pytest.approx(0.48)
+    assert planner.candidate("fsdp2", 8, "none").step_seconds < 0.3
+    assert any(
+        "parallel.strategy=fsdp2 replays CUDA graphs" in line for line in make_plan(small, planner.machine, alternatives=False).warnings
+    )
+
+
 def test_fp8_makes_wide_models_faster(run_config: MakeConfig) -> None:
     found = {}
     for width in (768, 2048):
@@ -238,7 +248,10 @@ def config_with(**keys: Any) -> ModelConfig:
         (advice.overflow_warnings(config_with(d_model=4096), 4, 65_536), "Mamba-2"),
         (advice.shape_warnings(config_with(vocab_size=50277, pad_vocab_size_multiple=1), 2048), "no multiple of 8"),
         (advice.shape_warnings(config_with(headdim=96), 2048), "no power of two"),
-        (advice.shape_warnings(config_with(headdim=512), 2048), "strides of 8"),
+        (advice.shape_warnings(config_with(headdim=512), 2048), "no whole vectors"),
+        (advice.shape_warnings(config_with(mixer="mamba1", d_state=24), 2048), "takes no packed documents"),
+        (advice.shape_warnings(config_with(mixer="mamba1", d_state=512), 2048), "the slow reference"),
+        (advice.engine_warnings("zero3", 0.5, 0.5), "Python launches every kernel"),
         (advice.shape_warnings(config_with(), 2000), "chunk_size 256"),
         (advice.recipe_warnings(config_with(), 130_000_000, 16_384, 10**12, 3e-3), "under the published 500.0k"),
         (advice.recipe_warnings(config_with(), 130_000_000, 500_000, 10**12, 1e-2), "more than 3x from the published 0.003"),
@@ -256,6 +269,8 @@ def test_published_shapes_raise_no_warning() -> None:
     assert advice.overflow_warnings(config, 16, 2048) == []
     assert advice.shape_warnings(config, 2048) == []
     assert advice.recipe_warnings(config, 129_000_000, 524_288, 3 * 10**11, 3e-3) == []
+    assert advice.shape_warnings(config_with(mixer="mamba1", d_state=16), 2048) == []
+    assert advice.engine_warnings("zero3", 0.6, 0.5) == advice.engine_warnings("fsdp2", 0.1, 0.0) == []
     assert advice.batch_warnings(256, 16, 8) == []
     assert advice.data_warnings(10**9, None) == []
 

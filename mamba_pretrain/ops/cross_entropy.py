@@ -106,8 +106,7 @@ def loss_only(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
     with without_autocast(hidden):
         cast = weight.to(dtype)
         for rows in _chunks(hidden, weight):
-            logits = F.linear(hidden[rows].to(dtype), cast)
-            total += losses_of(logits, targets[rows], ignore_index, valid, gradient=False)[0].sum()
+            total += losses_of(F.linear(hidden[rows].to(dtype), cast), targets[rows], ignore_index, valid, gradient=False)[0].sum()
     return total
 
 
@@ -137,6 +136,7 @@ def loss_and_gradients(
                 matmul(dlogits.t(), h, torch.float32, out=dweight)
             else:
                 add_matmul(dweight, dlogits.t(), h)
+            del dlogits  # or it would still be there while the next chunk's logits come
     return total, dhidden, dweight
 
 

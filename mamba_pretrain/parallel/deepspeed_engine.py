@@ -44,7 +44,7 @@ class DeepSpeedEngine(Engine):
                 f"parallel.zero_hpz_partition_size {self.parallel.zero_hpz_partition_size} does not divide the {self.topology.world_size} processes; "
                 "choose a divisor"
             )
-        config = zero_config(self._stage, self.parallel, self.precision)
+        config = zero_config(self._stage, self.parallel, self.precision, model.n_parameters())
         self.lower_projections(model)
         recompute(model, self.parallel.activation_checkpointing)
         # Takes over the process group that exists; the backend only has to be named.

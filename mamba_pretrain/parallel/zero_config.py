@@ -29,9 +29,15 @@ ELSEWHERE = {
 }
 
 
-def zero_config(stage: int, parallel: ParallelConfig, precision: PrecisionConfig) -> dict[str, Any]:
+def bucket_elements(n_parameters: int) -> int:
+    """Elements of DeepSpeed's buckets of gradients: its default, but no more than there are. It allocates whole buckets, two with overlap."""
+    return min(500_000_000, n_parameters)
+
+
+def zero_config(stage: int, parallel: ParallelConfig, precision: PrecisionConfig, n_parameters: int) -> dict[str, Any]:
     """The JSON of a stage, with ``parallel.deepspeed`` merged over it. Raises UserError for keys that are set elsewhere."""
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": torch.cuda.is_available(), "contiguous_gradients": True}
+    zero["reduce_bucket_size"] = bucket_elements(n_parameters)
     if stage == 3:
         zero |= {"zero_hpz_partition_size": parallel.zero_hpz_partition_size}
     if parallel.cpu_offload:

@@ -12,17 +12,15 @@ import torch
 
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.ops.cross_entropy import CHUNK_ELEMENTS
+from mamba_pretrain.parallel.zero_config import bucket_elements
 from mamba_pretrain.planning.activations import BlockCost, Options, block_cost
 
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 FP32, BF16, FP8 = 4, 2, 1
 ADAM_MOMENTS = 2 * FP32
-# Elements of a chunk of logits in ops/cross_entropy.py on CUDA. The Triton loss turns them into their gradient in place; the reference
-# holds log-probabilities (fp32) and gradients beside them.
-LOGIT_CHUNK = 1 << 28
 # cuBLAS takes its workspaces (32 MiB, and as much again for cuBLASLt) from torch's allocator, where they count as live.
 LIBRARY_BYTES = 2 * (32 << 20)
-DEEPSPEED_BUCKET = 500_000_000  # elements of DeepSpeed's reduce and all-gather buckets, its default
 BATCH_BYTES = 2 * (8 + 8 + 4 + 8)  # tokens, labels, seq_idx, positions of this and the next micro-batch, per token
 # What a GPU needs beyond live tensors: CUDA context, NCCL buffers and libraries in bytes, and fragmentation as a share of the peak.
 CONTEXT_BYTES, FRAGMENTATION = 1.2e9, 0.04
@@ -141,8 +139,8 @@ class _Timeline:
         self.compute_bytes, self.fused = BF16 if mixed else FP32, options.fused
         self.costs = [costs[mixer] for mixer in config.layer_mixers]
         self.gathers = split.strategy in ("fsdp2", "hsdp") and split.world > 1
-        if mixed and self.gathers:
-            # Autograd keeps autocast's bf16 copies of the weights, or FP8 ones; FSDP2 frees its gathered ones after the block's forward pass.
+        if mixed and self.gathers and options.recompute == "none":
+            # Projections keep bf16 copies of their weights, or FP8 ones; FSDP2 frees its gathered ones after the block's forward pass.
             copied = BF16 if options.fp8 == "off" else FP8
             self.costs = [replace(c, saved=max(0.0, c.saved - copied * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
         self.accumulating, self.kept_gradients = accumulating, kept_gradients
@@ -167,7 +165,7 @@ class _Timeline:
         if strategy in ("fsdp2", "hsdp"):
             # Two blocks gathered, one block's gradients in fp32; the root group (embedding) stays gathered, with its gradient.
             return 2 * self.compute_bytes * largest + FP32 * largest + 2 * FP32 * self.shape.embedding
-        bucket = FP32 * min(DEEPSPEED_BUCKET, self.shape.total)
+        bucket = FP32 * bucket_elements(self.shape.total)
         return bucket + (FP32 * (2 * largest + self.shape.embedding) if strategy == "zero3" else bucket)
 
     def moments(self) -> list[Memory]:
@@ -190,10 +188,11 @@ class _Timeline:
         """Final norm, logits and loss: the chunked cross-entropy computes its gradients during the forward pass."""
         d, rows = self.config.d_model, self.config.padded_vocab_size
         table = rows * d
-        chunk_rows = min(self.tokens, max(64, LOGIT_CHUNK // rows))
+        chunk_rows = min(self.tokens, CHUNK_ELEMENTS["cuda"] // rows)
         hidden = self.compute_bytes * d * self.tokens
         norm = FP32 * d * self.tokens
         cast = self.compute_bytes * table if self.compute_bytes != FP32 else 0.0
+        # The Triton loss turns logits into their gradient in place; the reference holds log-probabilities (fp32) and gradients beside them.
         per_logit = self.compute_bytes if self.fused else 2 * self.compute_bytes + FP32
         forward: dict[str, float] = {"loss": 2 * hidden + FP32 * table + cast + per_logit * chunk_rows * rows}
         backward: dict[str, float] = {"loss": 2 * hidden + 2 * FP32 * table}

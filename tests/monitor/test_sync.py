@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from data_tools.errors import UserError
 from mamba_pretrain.monitor.sinks import run_id
@@ -99,12 +100,14 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
+    wandb.teardown()  # what earlier tests of this process had the client read from the environment
     fake = FakeWandb()
     threading.Thread(target=fake.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{fake.server_port}")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     yield fake
+    wandb.teardown()
     fake.shutdown()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -103,6 +105,29 @@ def test_chunks_cover_the_tokens_within_the_budget(tokens, rows):
     chunks = cross_entropy._chunks(hidden, weight)
     assert [i for s in chunks for i in range(tokens)[s]] == list(range(tokens))
     assert max(len(range(tokens)[s]) for s in chunks) * rows <= max(cross_entropy.CHUNK_ELEMENTS["cpu"], cross_entropy.MIN_ROWS * rows)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_chunks_logits_are_gone_before_the_next_come(gradient, monkeypatch):
+    hidden, weight, labels = data()
+    alive, found, linear, losses = weakref.WeakSet(), [], F.linear, cross_entropy._losses
+
+    def watched_linear(*arguments):
+        found.append(len(alive))
+        return linear(*arguments)
+
+    def watched_losses(*arguments, **named):
+        result = losses(*arguments, **named)
+        alive.add(result[1].untyped_storage())
+        return result
+
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", labels.numel() // 3 * weight.shape[0])
+    monkeypatch.setattr(cross_entropy, "MIN_ROWS", 1)
+    monkeypatch.setattr(F, "linear", watched_linear)
+    monkeypatch.setattr(cross_entropy, "_losses", watched_losses)
+    with torch.set_grad_enabled(gradient):
+        linear_cross_entropy(hidden, weight, labels)
+    assert found == [0, 0, 0]
 
 
 def test_compiles_without_a_graph_break():

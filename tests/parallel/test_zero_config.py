@@ -12,8 +12,8 @@ from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
 from mamba_pretrain.parallel.zero_config import ELSEWHERE, merged, zero_config
 
 
-def config(stage=2, compute="bf16", **parallel):
-    return zero_config(stage, ParallelConfig(**parallel), PrecisionConfig(compute=compute))
+def config(stage=2, compute="bf16", n_parameters=10**9, **parallel):
+    return zero_config(stage, ParallelConfig(**parallel), PrecisionConfig(compute=compute), n_parameters)
 
 
 def test_bf16_is_torch_autocast_and_never_bf16_enabled():
@@ -45,6 +45,11 @@ def test_the_override_reaches_every_depth_and_leaves_the_rest():
     assert made["zero_optimization"]["reduce_bucket_size"] == 7
     assert made["zero_optimization"]["stage"] == 2
     assert made["wall_clock_breakdown"]
+
+
+@pytest.mark.parametrize(("n_parameters", "elements"), [(130_000_000, 130_000_000), (2_800_000_000, 500_000_000)])
+def test_buckets_hold_no_more_than_the_model(n_parameters, elements):
+    assert config(n_parameters=n_parameters)["zero_optimization"]["reduce_bucket_size"] == elements
 
 
 def test_merged_leaves_its_arguments_alone():

@@ -15,6 +15,7 @@ from data_tools.errors import UserError
 from mamba_pretrain.config import load_config
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.ops.cross_entropy import CHUNK_ELEMENTS
 from mamba_pretrain.planning import advice, communication, memory, speed
 from mamba_pretrain.planning.activations import Options
 from mamba_pretrain.planning.plan import Machine, Planner, make_plan, strategy_on
@@ -147,7 +148,8 @@ def test_the_loss_holds_a_chunk_of_logits_once_where_it_is_fused() -> None:
     config = ModelConfig(mixer="mamba1", n_layer=1, d_model=64, vocab_size=50000, pad_vocab_size_multiple=16)
     shape, one = shape_of(config), memory.sharding("single", 1)
     fused, plain = (memory.estimate(config, shape, one, 1, 4096, options=Options(fused=fused)).parts["loss"] for fused in (True, False))
-    assert plain - fused == 6 * 4096 * config.padded_vocab_size
+    rows = CHUNK_ELEMENTS["cuda"] // config.padded_vocab_size
+    assert plain - fused == 6 * rows * config.padded_vocab_size
 
 
 def test_find_proposes_what_fits_and_is_fastest(run_config: MakeConfig) -> None:

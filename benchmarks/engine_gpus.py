@@ -179,7 +179,7 @@ def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
     recipes: dict[str, Any] = {}
     for record in records:
         for run in record["runs"]:
-            model, recipe = run["model"], record.get("recipe")
+            model, recipe = run["model"], (record.get("recipe"), run["gpus"])  # a batch has so many sequences a GPU
             if model not in runs or recipes[model] != recipe:
                 runs[model], recipes[model] = {}, recipe
             runs[model][run["engine"]] = run
@@ -253,7 +253,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measures or reads, prints, records; exit code 1 if a bar is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="read the newest record and exit 1 if a bar is missed")
+    parser.add_argument("--check", action="store_true", help="read the records and exit 1 if a bar is missed")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--gpus", type=int, default=2)

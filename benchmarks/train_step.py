@@ -390,13 +390,20 @@ def check(result: dict[str, Any]) -> list[str]:
     return failed
 
 
+def compares(row: dict[str, Any]) -> bool:
+    """Whether ours and a peer were both measured."""
+    measured = [name for name, found in implementations(row).items() if "error" not in found]
+    return "ours" in measured and any(not name.startswith("ours") for name in measured)
+
+
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of every model and length the newest row that has a peer, from records in order of time."""
+    """Of every model and length the newest row that compares ours with a peer, from records in order of time."""
     parts: dict[str, dict[Any, dict[str, Any]]] = {"comparisons": {}, "best": {}, "parity": {}}
     for record in records:
         for part, rows in parts.items():
-            compared = (row for row in record.get(part, []) if any(not name.startswith("ours") for name in implementations(row)))
-            rows.update({(row["model"], row.get("length", LENGTH)): row for row in compared})
+            for row in record.get(part, []):
+                if compares(row):
+                    rows[row["model"], row.get("length", LENGTH)] = row
     return {part: list(rows.values()) for part, rows in parts.items()}
 
 

@@ -65,7 +65,7 @@ def _buffer(gradients: Sequence[Tensor]) -> Tensor | None:
     for g in gradients:
         batch, length, rows, columns = g.shape
         beside = g.storage_offset() == end and g.stride() == (batch_stride, row_stride, columns, 1)
-        if not (beside and type(g) is Tensor and torch._C._is_alias_of(first, g)):  # type: ignore[attr-defined]
+        if not (beside and type(g) is Tensor and not g.is_neg() and torch._C._is_alias_of(first, g)):  # type: ignore[attr-defined]
             return None
         end += rows * columns
     return first.as_strided((batch, length, end - begin), (batch_stride, row_stride, 1), begin)

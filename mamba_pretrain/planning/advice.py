@@ -5,6 +5,7 @@ from __future__ import annotations
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.monitor.text import si
 from mamba_pretrain.ops.cuda_scan_kernels import STATES
+from mamba_pretrain.ops.triton_ssd import MAX_HEADDIM, MAX_STATE, MIN_WIDTH
 
 INT32 = 2**31
 # Published recipes (arXiv:2312.00752 appendix E.2, arXiv:2405.21060 appendix D): parameters, peak lr of Mamba-1 and Mamba-2, batch.
@@ -56,7 +57,7 @@ def shape_warnings(config: ModelConfig, length: int) -> list[str]:
     elif "mamba1" in mixers and config.d_state not in STATES:
         found.append(
             f"d_state {config.d_state} is none of {', '.join(map(str, STATES))}: on GPUs mamba-ssm's selective scan serves it, which is slower "
-            "and takes no packed documents"
+            "and takes no packed documents, for which only the slow reference would be left"
         )
     if "mamba2" in mixers:
         if (2 * config.d_inner + 2 * config.ngroups * config.d_state + config.n_ssm_head) % 8:
@@ -64,14 +65,19 @@ def shape_warnings(config: ModelConfig, length: int) -> list[str]:
                 "Mamba-2's in_proj width 2 d_inner + 2 ngroups d_state + heads is no multiple of 8: its rows are no whole vectors, so matmuls and "
                 "convolution are slower, and causal-conv1d refuses them; choose headdim so that the number of heads is a multiple of 8"
             )
-        if config.headdim & (config.headdim - 1) or config.d_state & (config.d_state - 1):
+        if not (_served(config.headdim, MAX_HEADDIM) and _served(config.d_state, MAX_STATE)):
             found.append(
-                f"headdim {config.headdim} or d_state {config.d_state} is no power of two: on GPUs mamba-ssm's scan serves it, slower than our own "
-                "and padded to the next one"
+                f"headdim {config.headdim} or d_state {config.d_state} is no power of two from {MIN_WIDTH} to {MAX_HEADDIM} (d_state: {MAX_STATE}): on GPUs "
+                "mamba-ssm's scan serves it, slower than our own and padded to the next one"
             )
         if length % config.chunk_size:
             found.append(f"length {length} is no multiple of chunk_size {config.chunk_size}: the last chunk of each sequence is padding")
     return found
+
+
+def _served(width: int, most: int) -> bool:
+    """Whether our Triton kernels of Mamba-2's scan take a width on GPUs."""
+    return MIN_WIDTH <= width <= most and width & (width - 1) == 0
 
 
 def recipe_warnings(config: ModelConfig, n_parameters: int, batch_tokens: int, total_tokens: int, lr: float) -> list[str]:
@@ -97,8 +103,8 @@ def engine_warnings(strategy: str, step_seconds: float | None, launching_seconds
     if not launching_seconds or step_seconds is None or step_seconds > launching_seconds:
         return []
     return [
-        f"under {strategy} Python launches every kernel, and a step takes {launching_seconds:.2g} s however fast the GPUs are; "
-        "parallel.strategy=fsdp2 replays CUDA graphs, or raise train.micro_batch_size"
+        f"under {strategy} Python launches every kernel, and a step takes about {launching_seconds:.2g} s however fast the GPUs are; "
+        "parallel.strategy=fsdp2 with parallel.cuda_graphs=auto replays CUDA graphs, or raise train.micro_batch_size"
     ]
 
 

@@ -121,10 +121,11 @@ def scaling(
     micro_batch: int,
     compute_bytes: int,
     network: Network,
+    least_a_micro_batch: float = 0.0,
 ) -> list[ScalePoint]:
     """From one GPU to 1,024 (or as far as the global batch can be split), at a constant global batch.
 
-    ``compute_one_gpu``: seconds of computing a step on one GPU.
+    ``compute_one_gpu``: seconds of computing a step on one GPU. ``least_a_micro_batch``: seconds that several GPUs need for one in any case.
     """
     points = []
     gpus = 1
@@ -138,6 +139,8 @@ def scaling(
         # A rank works on whole samples: an uneven split makes all wait for the fullest.
         compute = compute_one_gpu * per_rank / batch_samples
         step = step_seconds(compute, flows, network)
+        if gpus > 1:
+            step = max(step, least_a_micro_batch * accumulation)
         points.append(ScalePoint(gpus, step, compute_one_gpu / gpus / step))
         gpus *= 2
     return points

@@ -100,17 +100,17 @@ def estimate(
     accumulation: int = 1,
     options: Options | None = None,
     moments_bytes: float = ADAM_MOMENTS,
-    kept_gradients: bool = False,
+    replayed: bool = False,
 ) -> Memory:
     """The worst moment of a training step.
 
     ``accumulation``: micro-batches per step; with more than one, gradients already exist during the forward pass. ``moments_bytes``:
-    optimizer state per parameter (AdamW 8, 8-bit AdamW about 2). ``kept_gradients``: CUDA graphs keep their gradients' memory between steps,
-    and sum them over processes with every micro-batch.
+    optimizer state per parameter (AdamW 8, 8-bit AdamW about 2). ``replayed``: from CUDA graphs, which sum gradients over
+    processes with every micro-batch.
     """
     options = options or Options()
     costs: dict[str, BlockCost] = {mixer: block_cost(config, mixer, micro_batch, length, options) for mixer in set(config.layer_mixers)}
-    timeline = _Timeline(config, shape, split, costs, micro_batch, length, accumulation > 1, kept_gradients, options, moments_bytes)
+    timeline = _Timeline(config, shape, split, costs, micro_batch, length, accumulation > 1, replayed, options, moments_bytes)
     worst = max(timeline.moments(), key=lambda moment: moment.peak)
     by_mixer: dict[str, float] = {}
     for mixer, cost in zip(config.layer_mixers, timeline.costs, strict=True):
@@ -130,7 +130,7 @@ class _Timeline:
         micro_batch: int,
         length: int,
         accumulating: bool,
-        kept_gradients: bool,
+        replayed: bool,
         options: Options,
         moments_bytes: float,
     ) -> None:
@@ -143,7 +143,7 @@ class _Timeline:
             # Projections keep bf16 copies of their weights, or FP8 ones; FSDP2 frees its gathered ones after the block's forward pass.
             copied = BF16 if options.fp8 == "off" else FP8
             self.costs = [replace(c, saved=max(0.0, c.saved - copied * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
-        self.accumulating, self.kept_gradients = accumulating, kept_gradients
+        self.accumulating, self.replayed = accumulating, replayed
         self.base = {
             "weights": FP32 * shape.total * split.parameter_share,
             "optimizer": moments_bytes * shape.total * split.optimizer_share,
@@ -207,11 +207,10 @@ class _Timeline:
     def _moment(
         self, name: str, saved: float, gradients: float = 0.0, working: float = 0.0, extra: dict[str, float] | None = None
     ) -> Memory:
-        if self.kept_gradients:
-            gradients = self._gradients(self.shape.total)
-        elif self.accumulating:
-            # FSDP reduces with the last micro-batch only: until then a rank keeps whole gradients.
-            gradients = float(FP32 * self.shape.total) if self.gathers else self._gradients(self.shape.total)
+        if self.accumulating:
+            # Launched, FSDP reduces with the last micro-batch only: until then a rank keeps whole gradients.
+            whole = self.gathers and not self.replayed
+            gradients = float(FP32 * self.shape.total) if whole else self._gradients(self.shape.total)
         parts = {**self.base, "gradients": gradients, "activations": saved, "working": working, **(extra or {})}
         return Memory({part: size for part, size in parts.items() if size}, name)
 

@@ -114,11 +114,16 @@ class Planner:
         split = self.split(strategy)
         options = Options(self.compute, recompute, fused=self.machine.device != "cpu", fp8=self.config.precision.fp8)
         moments = 2.0 if self.config.optim.name == "adamw8bit" else memory.ADAM_MOMENTS
-        parallel = self.config.parallel
-        graphs = parallel.cuda_graphs != "off" and graphs_unsupported(parallel, strategy, "cuda" if options.fused else "cpu") is None
+        accumulation = self.accumulation(micro_batch)
         return memory.estimate(
-            self.config.model, self.shape, split, micro_batch, self.length, self.accumulation(micro_batch), options, moments, graphs
+            self.config.model, self.shape, split, micro_batch, self.length, accumulation, options, moments, self.replays(strategy)
         )
+
+    def replays(self, strategy: str) -> bool:
+        """Whether micro-batches are replayed from CUDA graphs."""
+        parallel = self.config.parallel
+        device = "cpu" if self.machine.device == "cpu" else "cuda"
+        return parallel.cuda_graphs != "off" and graphs_unsupported(parallel, strategy, device) is None
 
     def split(self, strategy: str) -> memory.Sharding:
         """The sharding of a strategy on these GPUs."""
@@ -277,7 +282,10 @@ def _scaling(planner: Planner, strategy: str, micro_batch: int, recompute: str) 
     model, network = planner.config.model, planner.machine.network
     multi = "ddp" if strategy == "single" else strategy
     width = 2 if planner.compute else 4
-    points = communication.scaling(multi, planner.shape.total, model.n_layer, compute, planner.batch_samples, micro_batch, width, network)
+    least = 0.0 if planner.machine.device == "cpu" else speed.launching_seconds(multi, model.n_layer, 1)
+    points = communication.scaling(
+        multi, planner.shape.total, model.n_layer, compute, planner.batch_samples, micro_batch, width, network, least
+    )
     return [asdict(point) for point in points]
 
 

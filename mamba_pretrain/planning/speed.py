@@ -61,13 +61,13 @@ class Speed:
     source: str
 
 
-# What Python needs to launch a block's kernels, forward and backward, under DeepSpeed: by Mamba-1 and Mamba-2 370m on two H200s
-# (benchmarks/engine_gpus.py). The other engines replay CUDA graphs.
+# What Python needs to launch a block's kernels, forward and backward, under DeepSpeed: Mamba-1 and Mamba-2 370m on two machines with two H200s took
+# 4 to 6 ms, stage 3 9 to 13 (benchmarks/engine_gpus.py). The other engines replay CUDA graphs.
 LAUNCHING_SECONDS = {"zero1": 4e-3, "zero2": 4e-3, "zero3": 10e-3}
 
 
 def launching_seconds(strategy: str, n_layer: int, micro_batches: int) -> float:
-    """The least time of a step on GPUs, however fast they are."""
+    """What a step takes about, however fast the GPUs are."""
     return LAUNCHING_SECONDS.get(strategy, 0.0) * n_layer * micro_batches
 
 

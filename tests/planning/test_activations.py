@@ -81,7 +81,7 @@ def test_mamba1_with_kernels_keeps_what_was_counted_by_hand(d_model: int) -> Non
     config = ModelConfig(mixer="mamba1", d_model=d_model, n_layer=1, vocab_size=256)
     d, e, r, n = d_model, 2 * d_model, config.resolved_dt_rank, 16
     per_token = 4 * d + 2 * d + 2 * 2 * e + 2 * e + 2 * (r + 2 * n) + 2 * e + 4 * n * e // 16 + 2 * e
-    weights = 2 * (d * 2 * e + e * (r + 2 * n) + r * e + e * d)  # autocast's bf16 copies
+    weights = 2 * (d * 2 * e + e * (r + 2 * n) + r * e + e * d)  # projections' bf16 copies
     planned = block_cost(config, "mamba1", 4, 2048, Options()).saved
     assert planned == pytest.approx(per_token * 4 * 2048 + weights, rel=0.005)
 

@@ -67,8 +67,8 @@ def shape_warnings(config: ModelConfig, length: int) -> list[str]:
             )
         if not (_served(config.headdim, MAX_HEADDIM) and _served(config.d_state, MAX_STATE)):
             found.append(
-                f"headdim {config.headdim} or d_state {config.d_state} is no power of two from {MIN_WIDTH} to {MAX_HEADDIM} (d_state: {MAX_STATE}): on GPUs "
-                "mamba-ssm's scan serves it, slower than our own and padded to the next one"
+                f"headdim {config.headdim} or d_state {config.d_state} is no power of two from {MIN_WIDTH} to {MAX_HEADDIM} (d_state: {MAX_STATE}): "
+                "on GPUs mamba-ssm's scan serves it, slower than our own and padded to the next one"
             )
         if length % config.chunk_size:
             found.append(f"length {length} is no multiple of chunk_size {config.chunk_size}: the last chunk of each sequence is padding")

@@ -23,6 +23,10 @@ SCALAR_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SHORTEST_SEGMENT = 256  # steps; below that what segments cost outweighs what they bring
 
 
+# Bytes of shared memory: of a Hopper multiprocessor, what every block takes beside its own, and what a block may have on every GPU from 8.0 on.
+HOPPER_SHARED, RESERVED_SHARED, MOST_SHARED = 228 * 1024, 1024, 99 * 1024
+
+
 # -- tuning -------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -41,13 +45,18 @@ class Tuning:
 
 
 # Measured on an H100 (docs/kernels.md) with 16-bit activations. Elsewhere PORTABLE is used: blocks that fit in 99 KiB of shared memory.
+# Beside 16 states or fewer nothing was timed: larger blocks, which share B and C, let as many warps be resident.
 HOPPER = {
-    "scan_forward": (Tuning(2, 16, (4,), polynomial_every=8),),
+    "scan_forward": (Tuning(2, 16, (4,), polynomial_every=8, most_states=16), Tuning(2, 16, (8,), cost=1.05, polynomial_every=8)),
     "scan_carry": (Tuning(4, 8, (4,)),),
-    "scan_backward": (Tuning(4, 8, (4, 8)), Tuning(2, 12, (4, 12), cost=1.15, most_states=16)),
+    "scan_backward": (
+        Tuning(4, 8, (4, 8), most_states=32),
+        Tuning(2, 12, (4, 12), cost=1.15, most_states=16),
+        Tuning(4, 8, (8,), cost=1.05),
+    ),
 }
 PORTABLE = {
-    "scan_forward": (Tuning(2, 8, (4,)),),
+    "scan_forward": (Tuning(2, 8, (4,), most_states=32), Tuning(2, 8, (2,), cost=1.05)),
     "scan_carry": (Tuning(2, 8, (2,)),),
     "scan_backward": (Tuning(4, 4, (2,)),),
 }
@@ -58,7 +67,8 @@ SCHEDULERS = 4  # of a multiprocessor; each runs its own warps
 
 @dataclass(frozen=True, eq=False)  # `shape` gives the same object for the same question: it is found by identity
 class Shape:
-    """A kernel's blocks: channels a quad, warps, blocks that fit on a multiprocessor, the grid over channels, and segments of the length."""
+    """A kernel's blocks: channels a quad, warps, blocks that fit on a multiprocessor, the grid over channels, segments of the length, and the bytes
+    of shared memory that a block may have."""
 
     lane_channels: int
     warps: int
@@ -66,6 +76,12 @@ class Shape:
     polynomial_every: int
     blocks: int
     segments: int
+    most_shared: int = MOST_SHARED
+
+
+def most_shared(min_blocks: int, hopper: bool) -> int:
+    """Bytes of shared memory that a block may have, of which so many share a multiprocessor where the kernel is tuned."""
+    return HOPPER_SHARED // min_blocks - RESERVED_SHARED if hopper else MOST_SHARED
 
 
 @functools.cache
@@ -77,7 +93,8 @@ def shape(kernel: str, device: int, dtype: torch.dtype, batch: int, length: int,
     properties = torch.cuda.get_device_properties(device)
     processors, hopper = properties.multi_processor_count, (properties.major, properties.minor) == (9, 0)
     best, best_cost = None, math.inf
-    for tuned in (HOPPER if hopper and dtype != torch.float32 else PORTABLE)[kernel]:
+    tuned_for_it = hopper and dtype != torch.float32
+    for tuned in (HOPPER if tuned_for_it else PORTABLE)[kernel]:
         if states > tuned.most_states:
             continue
         per_quad = min(tuned.lane_channels, max(1, 64 // states))
@@ -91,7 +108,8 @@ def shape(kernel: str, device: int, dtype: torch.dtype, batch: int, length: int,
             cost = -(-busiest // SCHEDULERS) * per_quad * tuned.cost / segments * (1 + CARRY_COST * (segments > 1))
             if cost < best_cost:
                 min_blocks = max(1, tuned.resident // warps)
-                best, best_cost = Shape(per_quad, warps, min_blocks, tuned.polynomial_every, blocks, segments), cost
+                limit = most_shared(min_blocks, tuned_for_it)
+                best, best_cost = Shape(per_quad, warps, min_blocks, tuned.polynomial_every, blocks, segments, limit), cost
     assert best is not None
     return best
 
@@ -209,6 +227,7 @@ def _kernel(
         "MIN_BLOCKS": shape.min_blocks,
         "POLYNOMIAL_EVERY": shape.polynomial_every,
         "REVERSE": reverse,
+        "MOST_SHARED": shape.most_shared,
     }
     return nvrtc.kernel(f"{name}.cu", macros, 32 * shape.warps, device)
 
@@ -217,7 +236,7 @@ def _kernel(
 def _plain_kernel(name: str, kind: tuple[torch.dtype, int, int]) -> nvrtc.Kernel:
     dtype, states, device = kind
     macros = dict.fromkeys(("HAS_Z", "HAS_SEQ", "VECTOR_IO", "VECTOR_BC", "POLYNOMIAL_EVERY"), 0)
-    macros |= dict.fromkeys(("LANE_CHANNELS", "TWIST_CHANNELS", "WARPS", "MIN_BLOCKS"), 1)
+    macros |= dict.fromkeys(("LANE_CHANNELS", "TWIST_CHANNELS", "WARPS", "MIN_BLOCKS"), 1) | {"MOST_SHARED": MOST_SHARED}
     return nvrtc.kernel(f"{name}.cu", {**macros, "SCALAR_TYPE": SCALAR_TYPES[dtype], "STATES": states}, 256, device)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import logging
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from data_tools.errors import UserError
+from mamba_pretrain.ops import cuda_scan_kernels as kernels
 from mamba_pretrain.ops import nvrtc
 from mamba_pretrain.ops.kernel_cache import VARIABLE
 
@@ -28,6 +32,7 @@ USUAL = {
     "MIN_BLOCKS": 1,
     "POLYNOMIAL_EVERY": 0,
     "REVERSE": 0,
+    "MOST_SHARED": 227 * 1024,
     "TAPS": 4,
     "CHANNELS": 4,
     "CHUNK_STEPS": 64,
@@ -60,6 +65,41 @@ def test_every_source_compiles_for_every_architecture(file, arch):
     own = {"scan_backward.cu": {"LANE_CHANNELS": 4}, "scan_carry.cu": {"LANE_CHANNELS": 4}, "scan_forward.cu": {"POLYNOMIAL_EVERY": 8}}
     macros = {**USUAL, **own.get(file, {})}
     assert nvrtc.cubin(file, macros, arch).startswith(b"\x7fELF")
+
+
+def tuned_shapes():
+    """Every entry of the scan's tables with every number of states that it serves: what its kernel is compiled with."""
+    for table, dtypes in ((kernels.HOPPER, (torch.bfloat16,)), (kernels.PORTABLE, (torch.float32, torch.bfloat16))):
+        for (name, tuned), dtype, states in itertools.product(table.items(), dtypes, kernels.STATES):
+            for entry in tuned:
+                channels = min(entry.lane_channels, 64 // states)
+                for warps in entry.warps if states <= entry.most_states else ():
+                    blocks = max(1, entry.resident // warps)
+                    limit = kernels.most_shared(blocks, table is kernels.HOPPER)
+                    shape = {
+                        "LANE_CHANNELS": channels,
+                        "TWIST_CHANNELS": channels,
+                        "WARPS": warps,
+                        "MIN_BLOCKS": blocks,
+                        "MOST_SHARED": limit,
+                    }
+                    yield name, {**USUAL, **shape, "STATES": states, "SCALAR_TYPE": kernels.SCALAR_TYPES[dtype], "REVERSE": 1}
+
+
+def test_blocks_of_every_tuned_shape_fit_into_shared_memory():
+    """The sources assert it; the compiler's front end is enough to hear them."""
+    bindings = importlib.import_module("cuda.bindings.nvrtc")
+    shapes = list(tuned_shapes())
+    assert len(shapes) > 30
+    for name, macros in shapes:
+        options = [*nvrtc.OPTIONS, "--gpu-architecture=sm_80", "--fdevice-syntax-only", *(f"-D{k}={v}" for k, v in macros.items())]
+        source = (nvrtc.SOURCES / f"{name}.cu").read_bytes()
+        program = nvrtc._call("nvrtc", "nvrtcCreateProgram", source, name.encode(), 0, [], [])
+        (status,) = bindings.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+        text = b" " * nvrtc._call("nvrtc", "nvrtcGetProgramLogSize", program)
+        nvrtc._call("nvrtc", "nvrtcGetProgramLog", program, text)
+        bindings.nvrtcDestroyProgram(program)
+        assert status == bindings.nvrtcResult.NVRTC_SUCCESS, (name, macros, text.decode(errors="replace")[:600])
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ constexpr int PITCH = WARP_CHANNELS + (CPT == 4 ? 4 : 0);  // of rows that a qua
 constexpr int KEPT = NPT / TWISTS;               // sums of a lane that are left after the exchanges without choice
 constexpr int STATE_VECTORS = CPT * NPT / VECTOR;
 constexpr int STATE_FLOATS = STATE_VECTORS * 32 * VECTOR;  // of a warp at one step
-constexpr int BEYOND = QuadSums<CPT>::SIZE > STATE_FLOATS ? QuadSums<CPT>::SIZE - STATE_FLOATS : 4;  // sums take more than one step's states
+constexpr int BEYOND = ((QuadSums<CPT>::SIZE > STATE_FLOATS ? QuadSums<CPT>::SIZE - STATE_FLOATS : 1) + 3) / 4 * 4;  // sums take more than one step's states
 static_assert(SUB == QUAD, "each lane of a quad finishes one step");
 
 // The time step where a document begins is scaled by a power of two, which the end of its computation takes back: any decay underflows.
@@ -76,9 +76,8 @@ struct BackwardBlock {
     BackwardWarp warps[WARPS];
 };
 
-#if __CUDA_ARCH__ == 900 && SCALAR_TYPE != 0 && STATES <= 32  // as tuned; PITCH takes the last byte of it with 16 states
-static_assert(MIN_BLOCKS * (sizeof(BackwardBlock) + 1024) <= 228 * 1024, "blocks that are to share a multiprocessor fit into its memory");
-#endif
+static_assert(sizeof(BackwardBlock) <= MOST_SHARED, "a block's shared memory; PITCH and BEYOND take its last bytes with 16 states");
+static_assert(sizeof(BackwardWarp) % 16 == 0, "every warp's begins where vectors may");
 
 using Activations = TileStream<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>;
 using BlockBC = TileStream<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>;

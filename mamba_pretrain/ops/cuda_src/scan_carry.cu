@@ -7,7 +7,7 @@
 //
 // S_t is the sum of the time steps between step t and the end that passes on: those behind t, or in reverse those up to t and its own.
 // A warp walks away from that end, so it knows S_t without what lies beyond. Once exp(A S) is zero for a (channel, state) pair, whatever
-// comes adds zeros. So pairs that are through are written, the others move together whenever they fit into half of the slots, and
+// comes adds zeros. So pairs that have decayed are written, the others move together whenever they fit into half of the slots, and
 // likewise the channels that have any; with none left the warp stops. A document's start is a time step that ends all pairs.
 //
 // What is dropped has decayed by 2^-126: it would have to be 2^100 times as large as what comes behind it to be seen in fp32.
@@ -30,13 +30,13 @@ struct CarryParams {
 
 constexpr bool GATED = REVERSE && HAS_Z;
 constexpr int SLOTS = CPT * NPT;                                  // (channel, state) pairs of a lane
-constexpr int STEPS = TILE / QUAD;                                // that a lane prepares, of CPT channels
+constexpr int STEPS_A_LANE = TILE / QUAD;                         // that it prepares, of CPT channels
 constexpr int STAGES = 3;                                         // tiles on the way or in use: late in a walk one takes less time than its copy
 constexpr int RAW_PITCH = WARP_CHANNELS + 16 / sizeof(scalar_t);  // of rows that lanes read at four steps: spreads these over the banks
 constexpr int DIRECTION = REVERSE ? TILE : -TILE;
-constexpr float UNDERFLOW = -126.f;                               // exp2 of anything below is exactly 0
+constexpr float UNDERFLOW = -126.f;                               // below it exp2_fast gives exactly 0, as it flushes what is smaller than normal
 constexpr float LEAST_RATE = -1e38f;                              // finite, since it is multiplied with S = 0
-constexpr float EMPTY = -3e38f;                                   // in place of a rate: a slot without a pair
+constexpr float EMPTY = -3e38f;                                   // in place of a rate: a slot without a pair; what it adds up is never written
 
 struct CarryTile {  // a warp's shared memory
     scalar_t values[STAGES][TILE][RAW_PITCH];
@@ -45,11 +45,13 @@ struct CarryTile {  // a warp's shared memory
     scalar_t bc[STAGES][TILE][STATES];
     float steps[TILE][WARP_CHANNELS + 2][2];  // S_t, and what B or C is multiplied with; a pitch as above
     float bc_float[TILE][STATES];
-    float sum[WARP_CHANNELS];                 // of the time steps up to here
+    float sum[WARP_CHANNELS];                 // of the time steps up to here; of a channel that was dropped, up to there
     int channel[WARP_CHANNELS];               // those with pairs that are left come first
-    float rate[SLOTS * 16], h[SLOTS * 16];    // pairs on the move
+    float rate[SLOTS * 16], h[SLOTS * 16];    // pairs on the move: at most half of all, since the others have decayed
     int pair[SLOTS * 16];
 };
+static_assert(WARPS * sizeof(CarryTile) <= MOST_SHARED, "a block's shared memory");
+static_assert(sizeof(CarryTile) % 16 == 0, "every warp's begins where vectors may");
 
 struct Pairs {  // that a lane adds up
     int slots = SLOTS;  // in use, the first ones
@@ -63,7 +65,7 @@ struct Columns {  // channels whose activations a lane prepares
     float bias[CPT], sum[CPT];
 };
 
-struct Left {  // pairs of a warp that are not through, and their channels, a bit each
+struct Remaining {  // pairs of a warp that have not decayed, and their channels, a bit each
     int pairs;
     unsigned channels;
 };
@@ -87,7 +89,7 @@ struct CarryWarp {
         BC.fetch(tile.bc[stage][0], rows, STATES, lane, DIRECTION);
     }
 
-    DEVICE void take(Columns& own) const {
+    DEVICE void load_columns(Columns& own) const {
 #pragma unroll
         for (int c = 0; c < CPT; ++c) {
             own.channel[c] = tile.channel[c * QUADS + lane % QUADS];
@@ -111,10 +113,10 @@ struct CarryWarp {
         if constexpr (K > 1)
             if (own.count < K) return prepare<K / 2>(stage, starts, valid, own);
         const int part = lane / QUADS;
-        const auto step = [&](int i) { return REVERSE ? part * STEPS + i : TILE - 1 - part * STEPS - i; };  // in the order of the walk
-        float delta[STEPS][K], input[STEPS][K], gate[STEPS][K];
+        const auto step = [&](int i) { return REVERSE ? part * STEPS_A_LANE + i : TILE - 1 - part * STEPS_A_LANE - i; };  // in the order of the walk
+        float delta[STEPS_A_LANE][K], input[STEPS_A_LANE][K], gate[STEPS_A_LANE][K];
 #pragma unroll
-        for (int i = 0; i < STEPS; ++i)
+        for (int i = 0; i < STEPS_A_LANE; ++i)
 #pragma unroll
             for (int c = 0; c < K; ++c) {
                 delta[i][c] = to_float(tile.delta[stage][step(i)][own.channel[c]]);
@@ -122,7 +124,7 @@ struct CarryWarp {
                 if constexpr (GATED) gate[i][c] = to_float(tile.z[stage][step(i)][own.channel[c]]);
             }
 #pragma unroll
-        for (int i = 0; i < STEPS; ++i)
+        for (int i = 0; i < STEPS_A_LANE; ++i)
 #pragma unroll
             for (int c = 0; c < K; ++c) {
                 delta[i][c] = softplus(delta[i][c] + own.bias[c]);
@@ -131,7 +133,7 @@ struct CarryWarp {
             }
         if (starts != 0 || valid < TILE) {
 #pragma unroll
-            for (int i = 0; i < STEPS; ++i)
+            for (int i = 0; i < STEPS_A_LANE; ++i)
 #pragma unroll
                 for (int c = 0; c < K; ++c) {
                     if (starts >> step(i) & 1u) delta[i][c] = RESET;
@@ -140,19 +142,20 @@ struct CarryWarp {
         }
 #pragma unroll
         for (int c = 0; c < K; ++c) {
-            float S[STEPS], total = delta[0][c];
+            float S[STEPS_A_LANE], total = delta[0][c];
             S[0] = REVERSE ? total : 0.f;
 #pragma unroll
-            for (int i = 1; i < STEPS; ++i) {
+            for (int i = 1; i < STEPS_A_LANE; ++i) {
                 S[i] = REVERSE ? total + delta[i][c] : total;
                 total += delta[i][c];
             }
+            // What the parts before this one, in the order of the walk, add up to: a pair of parts exchanges its sums, then both pairs theirs.
             const float other = __shfl_xor_sync(FULL_WARP, total, QUADS), two = total + other;
             const float others = __shfl_xor_sync(FULL_WARP, two, 2 * QUADS);
             const float before = own.sum[c] + (part & 1 ? other : 0.f) + (part & 2 ? others : 0.f);
             own.sum[c] += two + others;
 #pragma unroll
-            for (int i = 0; i < STEPS; ++i) {
+            for (int i = 0; i < STEPS_A_LANE; ++i) {
                 const float both[2] = {before + S[i], input[i][c]};
                 store<2>(tile.steps[step(i)][own.channel[c]], both);
             }
@@ -161,65 +164,71 @@ struct CarryWarp {
     }
 
     // Whether a pair sees nothing beyond this tile.
-    DEVICE bool through(float rate, int channel) const { return rate * tile.sum[channel] < UNDERFLOW; }
+    DEVICE bool decayed(float rate, int channel) const { return rate * tile.sum[channel] < UNDERFLOW; }
 
-    // Adds a tile to the pairs. Its own sum comes first: many small terms would be lost beside a large one.
+    // A tile's share of the pairs where they lie as at first: a lane's are neighbours, and come in vectors.
+    DEVICE void add_in_place(const Pairs& own, float (&sum)[SLOTS]) const {
+        const int part = part_of(lane), first = quad_of<4>(lane) * CPT;
+#pragma unroll 4
+        for (int step = 0; step < TILE; ++step) {
+            float bc[NPT], both[2 * CPT];
+            load<NPT>(&tile.bc_float[step][part * NPT], bc);
+            load<2 * CPT>(tile.steps[step][first], both);
+            unrolled<SLOTS>([&](auto s_) {
+                constexpr int s = decltype(s_)::value, c = s / NPT;
+                sum[s] = fmaf(decay<s>(both[2 * c], own.rate[s]), both[2 * c + 1] * bc[s % NPT], sum[s]);
+            });
+        }
+    }
+
+    // The same of K packed pairs a lane, wherever theirs are.
+    template <int K>
+    DEVICE void add_packed(const Pairs& own, float (&sum)[K]) const {
+#pragma unroll(K < 4 ? 16 / K : 4)  // about 16 loads on their way, but not fewer than 4 steps
+        for (int step = 0; step < TILE; ++step)
+            unrolled<K>([&](auto s_) {
+                constexpr int s = decltype(s_)::value;
+                float both[2];
+                load<2>(tile.steps[step][own.pair[s] / STATES], both);
+                sum[s] = fmaf(decay<s>(both[0], own.rate[s]), both[1] * tile.bc_float[step][own.pair[s] % STATES], sum[s]);
+            });
+    }
+
+    // Adds a tile to the pairs. Its own sum comes first: many small terms would be lost beside a large one. All slots are in use as long as the
+    // pairs lie as at first, since packing them leaves at most half. (How many are in use is known when it runs: it finds its K by halving.)
     template <int K = SLOTS>
-    DEVICE Left walk(Pairs& own) const {
+    DEVICE Remaining walk(Pairs& own) const {
         if constexpr (K > 1)
             if (own.slots < K) return walk<K / 2>(own);
         float sum[K] = {};
-        int left = 0;
+        if constexpr (K == SLOTS)
+            add_in_place(own, sum);
+        else
+            add_packed<K>(own, sum);
+        int pairs = 0;
         unsigned channels = 0;
-        if constexpr (K == SLOTS) {  // where the lane began: vectors
-            const int part = part_of(lane), first = quad_of<4>(lane) * CPT;
-#pragma unroll 4
-            for (int step = 0; step < TILE; ++step) {
-                float bc[NPT], both[2 * CPT];
-                load<NPT>(&tile.bc_float[step][part * NPT], bc);
-                load<2 * CPT>(tile.steps[step][first], both);
-                unrolled<K>([&](auto s_) {
-                    constexpr int s = decltype(s_)::value, c = s / NPT;
-                    sum[s] = fmaf(decay<s>(both[2 * c], own.rate[s]), both[2 * c + 1] * bc[s % NPT], sum[s]);
-                });
-            }
 #pragma unroll
-            for (int c = 0; c < CPT; ++c) {
-                const int before = left;
-#pragma unroll
-                for (int n = 0; n < NPT; ++n) left += !through(own.rate[c * NPT + n], first + c);
-                if (left > before) channels |= 1u << (first + c);
-            }
-        } else {
-#pragma unroll(K < 4 ? 16 / K : 4)
-            for (int step = 0; step < TILE; ++step)
-                unrolled<K>([&](auto s_) {
-                    constexpr int s = decltype(s_)::value;
-                    float both[2];
-                    load<2>(tile.steps[step][own.pair[s] / STATES], both);
-                    sum[s] = fmaf(decay<s>(both[0], own.rate[s]), both[1] * tile.bc_float[step][own.pair[s] % STATES], sum[s]);
-                });
-#pragma unroll
-            for (int s = 0; s < K; ++s)
-                if (!through(own.rate[s], own.pair[s] / STATES)) ++left, channels |= 1u << own.pair[s] / STATES;
+        for (int s = 0; s < K; ++s) {
+            own.h[s] += sum[s];
+            const int channel = K == SLOTS ? quad_of<4>(lane) * CPT + s / NPT : own.pair[s] / STATES;
+            const bool empty = K < SLOTS && own.rate[s] == EMPTY;
+            if (!(empty || decayed(own.rate[s], channel))) ++pairs, channels |= 1u << channel;
         }
-#pragma unroll
-        for (int s = 0; s < K; ++s) own.h[s] += sum[s];
-        return {__reduce_add_sync(FULL_WARP, left), __reduce_or_sync(FULL_WARP, channels)};
+        return {__reduce_add_sync(FULL_WARP, pairs), __reduce_or_sync(FULL_WARP, channels)};
     }
 
     DEVICE void write(const Pairs& own, int s) const {
         if (own.rate[s] != EMPTY) carry[own.pair[s]] = own.h[s];
     }
 
-    // Writes the pairs that are through, and deals the others and their channels out anew.
-    DEVICE void regroup(Left left, Pairs& own, Columns& columns) const {
+    // Writes the pairs that have decayed, and deals the others out anew.
+    DEVICE void pack_pairs(Pairs& own) const {
         const unsigned below = (1u << lane) - 1u;
         int count = 0;
 #pragma unroll
         for (int s = 0; s < SLOTS; ++s) {
             if (s >= own.slots) break;
-            const bool stays = !through(own.rate[s], own.pair[s] / STATES);
+            const bool stays = !(own.rate[s] == EMPTY || decayed(own.rate[s], own.pair[s] / STATES));
             const unsigned mask = __ballot_sync(FULL_WARP, stays);
             if (stays) {
                 const int at = count + __popc(mask & below);
@@ -229,12 +238,8 @@ struct CarryWarp {
             }
             count += __popc(mask);
         }
-        const bool stays = left.channels >> lane & 1u;
-        const int staying = __popc(left.channels);
-        if (lane < WARP_CHANNELS) tile.channel[stays ? __popc(left.channels & below) : staying + __popc(~left.channels & below)] = lane;
         __syncwarp();
         while (own.slots > 0 && count <= own.slots / 2 * 32) own.slots /= 2;
-        while (columns.count > 1 && staying <= columns.count / 2 * QUADS) columns.count /= 2;
 #pragma unroll
         for (int s = 0; s < SLOTS; ++s) {
             if (s >= own.slots) break;
@@ -242,7 +247,24 @@ struct CarryWarp {
             const bool inside = at < count;
             own.rate[s] = inside ? tile.rate[at] : EMPTY, own.h[s] = inside ? tile.h[at] : 0.f, own.pair[s] = inside ? tile.pair[at] : 0;
         }
-        take(columns);
+    }
+
+    // Brings channels that have pairs to the front, and prepares no more columns than hold them.
+    DEVICE void pack_channels(unsigned remaining, Columns& columns) const {
+        const unsigned below = (1u << lane) - 1u;
+        const int staying = __popc(remaining);
+        const bool stays = remaining >> lane & 1u;
+        if (lane < WARP_CHANNELS) tile.channel[stays ? __popc(remaining & below) : staying + __popc(~remaining & below)] = lane;
+        __syncwarp();
+        while (columns.count > 1 && staying <= columns.count / 2 * QUADS) columns.count /= 2;
+        load_columns(columns);
+    }
+
+    // Drops what has decayed, once what remains fits into half of the slots or of the columns. (Half of the channels have at most half of the pairs.)
+    DEVICE void drop(Remaining remaining, Pairs& pairs, Columns& columns) const {
+        if (remaining.pairs > pairs.slots / 2 * 32 && __popc(remaining.channels) > columns.count / 2 * QUADS) return;
+        pack_pairs(pairs);
+        pack_channels(remaining.channels, columns);
     }
 };
 
@@ -284,23 +306,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) scan_carry(con
     if (lane < WARP_CHANNELS) tile.channel[lane] = lane, tile.sum[lane] = 0.f;
     __syncwarp();
     Columns columns;
-    warp.take(columns);
+    warp.load_columns(columns);
 
-    int stage = 0, free_stage = STAGES - 1;
+    int stage = 0;
     for (int k = 0; k < tiles && pairs.slots > 0; ++k) {
         const int start = first + k * DIRECTION;
         const unsigned starts = documents.mask(start, p.length, lane);
         wait_copies<STAGES - 2>();
         __syncwarp();
-        if (k + STAGES - 1 < tiles) warp.issue(end - (start + (STAGES - 1) * DIRECTION), free_stage);
+        if (k + STAGES - 1 < tiles) warp.issue(end - (start + (STAGES - 1) * DIRECTION), stage == 0 ? STAGES - 1 : stage - 1);
         commit_copies();
         if (k + 1 < tiles) documents.prefetch(p.seq_idx, seq_row, start + DIRECTION, p.length, lane);
         warp.prepare_bc(stage);
         warp.prepare(stage, starts, end - start, columns);
         __syncwarp();
-        const Left left = warp.walk(pairs);
-        if (left.pairs <= pairs.slots / 2 * 32 || __popc(left.channels) <= columns.count / 2 * QUADS) warp.regroup(left, pairs, columns);
-        free_stage = stage;
+        warp.drop(warp.walk(pairs), pairs, columns);
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
     wait_copies();  // of tiles that nobody needed

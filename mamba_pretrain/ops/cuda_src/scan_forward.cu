@@ -46,6 +46,8 @@ struct ForwardBlock {
     float C[2][TILE][TWISTS][STATES];
     ForwardWarp warps[WARPS];
 };
+static_assert(sizeof(ForwardBlock) <= MOST_SHARED, "a block's shared memory");
+static_assert(sizeof(ForwardWarp) % 16 == 0, "every warp's begins where vectors may");
 
 using Activations = TileStream<VECTOR_IO, TILE, WARP_CHANNELS, WARP_CHANNELS, 32>;
 using BlockBC = TileStream<VECTOR_BC, TILE, STATES, 2 * STATES, THREADS>;

@@ -211,6 +211,12 @@ def test_what_has_decayed_is_not_read(rates, emulated):
         assert kernels.received_by_segments(ops, segments, values, None, reverse).isfinite().all()
 
 
+@pytest.mark.parametrize("state", [8, 16])
+def test_one_channel_a_quad(state, make_case, check_selective_scan, emulated):
+    emulated(lane_channels=1)
+    check_selective_scan(make_case(length=37), "emulated", dtype=torch.bfloat16, batch=1, channels=40, state=state)
+
+
 @pytest.mark.slow
 def test_all_cases(short_selective_scan_case, check_selective_scan, emulated):
     emulated()

@@ -255,7 +255,7 @@ struct Backward {
             float keep = upper ? second[k] : first[k];
             keep += __shfl_xor_sync(FULL_WARP, upper ? first[k] : second[k], 1);
             if constexpr (TWISTS < 4) keep += __shfl_xor_sync(FULL_WARP, keep, 16);
-            sums[step + upper][part() * NPT + k * TWISTS + twist()] = keep;
+            if (TWISTS == 4 || lane < 16) sums[step + upper][part() * NPT + k * TWISTS + twist()] = keep;
         }
     }
 

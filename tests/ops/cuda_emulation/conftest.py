@@ -1,6 +1,7 @@
 """Runs the kernels' own source on a CPU: lanes are coroutines, shared memory begins as NaN, asynchronous copies arrive when waited for.
 
-Slow, but it sees what a compiler does not: a missing barrier's or copy's wait, a wrong index, an element nobody wrote.
+Slow, but it sees what a compiler does not: a missing barrier's or copy's wait, a wrong index, an element nobody wrote; and where it is ``watched``,
+every pair of accesses that no barrier puts in order (``races.cpp``).
 """
 
 from __future__ import annotations
@@ -35,23 +36,38 @@ PARAMS = {
 class EmulatedKernel:
     """Stands for nvrtc.Kernel."""
 
-    run: ctypes._CFuncPtr  # type: ignore[name-defined]
+    library: ctypes.CDLL
     block: int
+    watched: bool
 
     def __call__(self, grid: tuple[int, int, int], params: bytes) -> None:
-        self.run(params, *grid, self.block)
+        self.library.run(params, *grid, self.block)
+        if self.watched and (found := self.library.races_found()):
+            raise AssertionError(found.decode())
 
 
 @functools.cache
-def library(folder: Path, name: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    """The kernel compiled for the CPU."""
-    path = folder / f"{name}-{hashlib.sha256(repr(macros).encode()).hexdigest()[:16]}.so"
+def library(folder: Path, source: Path, macros: tuple[tuple[str, int], ...], watched: bool) -> ctypes.CDLL:
+    """The kernel of a source compiled for the CPU; ``watched``: so that ``races.cpp`` sees what its lanes do with shared memory."""
+    name = source.stem
+    path = folder / f"{name}-{hashlib.sha256(repr((source, macros, watched)).encode()).hexdigest()[:16]}.so"
     definitions = [f"-D{k}={v}" for k, v in macros]
-    definitions += [f'-DSOURCE="{nvrtc.SOURCES / name}.cu"', f"-DKERNEL={name}", f"-DPARAMS={PARAMS[name]}"]
-    options = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
-    options += [f"-I{EMULATION}", f"-I{nvrtc.SOURCES}"]
-    subprocess.run(["g++", *options, *definitions, "-o", path, EMULATION / "run.cpp"], check=True)
-    return ctypes.CDLL(str(path))
+    shared = f"{name}_shared_bytes"
+    definitions += [f'-DSOURCE="{source}"', f"-DKERNEL={name}", f"-DPARAMS={PARAMS[name]}"]
+    definitions.append(f"-DSHARED_BYTES={shared if shared in source.read_text() else 0}")
+    options = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-w", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
+    options += [f"-I{EMULATION}", f"-I{source.parent}", f"-I{nvrtc.SOURCES}"]
+    parts = [EMULATION / "run.cpp"]
+    if watched:
+        parts = [path.with_suffix(".o"), EMULATION / "races.cpp"]
+        subprocess.run(
+            ["g++", *options, "-fsanitize=thread", "-DWATCHED", *definitions, "-c", "-o", parts[0], EMULATION / "run.cpp"], check=True
+        )
+    subprocess.run(["g++", *options, *definitions, "-shared", "-o", path, *parts], check=True)
+    loaded = ctypes.CDLL(str(path))
+    if watched:
+        loaded.races_found.restype = ctypes.c_char_p
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +77,19 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def emulated_kernels(folder, monkeypatch):
+def watched():
+    """Whether shared memory is watched; a test's own fixture or parameter says so."""
+    return False
+
+
+@pytest.fixture
+def emulated_kernels(folder, watched, monkeypatch):
     """nvrtc.kernel gives emulated kernels."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
 
     def kernel(file: str, macros: dict[str, int], block: int, device: int) -> EmulatedKernel:
-        name = Path(file).stem
-        return EmulatedKernel(library(folder, name, tuple(sorted(macros.items()))).run, block)
+        return EmulatedKernel(library(folder, nvrtc.SOURCES / file, tuple(sorted(macros.items())), watched), block, watched)
 
     monkeypatch.setattr(nvrtc, "kernel", kernel)
 

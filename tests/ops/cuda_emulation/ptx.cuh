@@ -14,6 +14,8 @@
 #include <memory>
 #include <vector>
 
+#include "races.h"
+
 #define DEVICE inline
 #define __device__
 #define __global__
@@ -86,16 +88,24 @@ inline void barrier(int first, int count) {
     }
 }
 
-inline void __syncthreads() { barrier<&Lane::block_barriers>(0, int(machine.lanes.size())); }
-inline void __syncwarp() { barrier<&Lane::warp_barriers>(machine.current & ~31, 32); }
+inline void __syncthreads() {
+    barrier<&Lane::block_barriers>(0, int(machine.lanes.size()));
+    races::met(true);
+}
+inline void meet() { barrier<&Lane::warp_barriers>(machine.current & ~31, 32); }
+inline void __syncwarp() {
+    meet();
+    races::met(false);
+}
 
-inline void run_block(int threads, const std::function<void()>& kernel) {
+inline void run_block(int threads, long shared_bytes, const std::function<void()>& kernel) {
     constexpr int STACK = 1 << 17;
     std::memset(shared, 0xff, sizeof shared);
     machine.lanes.clear();
     machine.lanes.resize(threads);
     machine.mail.assign(threads, 0);
     machine.kernel = kernel;
+    races::begin(shared, shared_bytes, threads);
     for (int i = 0; i < threads; ++i) {
         Lane& lane = machine.lanes[i];
         lane.stack = std::make_unique<char[]>(STACK);
@@ -111,9 +121,11 @@ inline void run_block(int threads, const std::function<void()>& kernel) {
         for (machine.current = 0; machine.current < threads; ++machine.current) {
             if (machine.lanes[machine.current].done) continue;
             any = true;
+            races::run(machine.current);
             swapcontext(&machine.scheduler, &machine.lanes[machine.current].context);
         }
     }
+    races::end();
 }
 
 // -- what lanes of a warp show each other ---------------------------------------------------------------------------------
@@ -124,9 +136,9 @@ inline unsigned see(int lane) { return machine.mail[(machine.current & ~31) + la
 template <class T>
 inline T exchange_with(T value, int lane) {
     show(bits<unsigned>(value));
-    __syncwarp();
+    meet();
     const T seen = bits<T>(see(lane));
-    __syncwarp();
+    meet();
     return seen;
 }
 template <class T>
@@ -135,19 +147,19 @@ template <class T>
 inline T __shfl_up_sync(unsigned, T value, int by) { return exchange_with(value, std::max((machine.current & 31) - by, 0)); }
 inline unsigned __ballot_sync(unsigned, bool vote) {
     show(vote);
-    __syncwarp();
+    meet();
     unsigned all = 0;
     for (int i = 0; i < 32; ++i) all |= (see(i) & 1u) << i;
-    __syncwarp();
+    meet();
     return all;
 }
 template <class T, class Join>
 inline T reduce(T value, Join join) {
     show(bits<unsigned>(value));
-    __syncwarp();
+    meet();
     T all = bits<T>(see(0));
     for (int i = 1; i < 32; ++i) all = join(all, bits<T>(see(i)));
-    __syncwarp();
+    meet();
     return all;
 }
 inline int __reduce_add_sync(unsigned, int value) { return reduce(value, std::plus<int>()); }
@@ -191,7 +203,11 @@ inline void copy_async(void* to, const void* from, bool inside = true) {
         std::fprintf(stderr, "misaligned copy of %d bytes\n", BYTES);
         std::abort();
     }
-    machine.lanes[machine.current].copies.push_back([=] { inside ? std::memcpy(to, from, BYTES) : std::memset(to, 0, BYTES); });
+    races::see(to, BYTES, true, races::COPY_ISSUED);
+    machine.lanes[machine.current].copies.push_back([=] {
+        races::see(to, BYTES, true, races::COPY_ARRIVED);
+        inside ? std::memcpy(to, from, BYTES) : std::memset(to, 0, BYTES);
+    });
 }
 inline void commit_copies() {
     Lane& lane = machine.lanes[machine.current];
@@ -209,5 +225,9 @@ inline void wait_copies() {
 
 template <int WORDS>
 inline void store_if(bool yes, void* p, const unsigned (&w)[WORDS]) {
+    if (yes && reinterpret_cast<uintptr_t>(p) % sizeof w) {
+        std::fprintf(stderr, "misaligned store of %zu bytes\n", sizeof w);
+        std::abort();
+    }
     if (yes) std::memcpy(p, w, sizeof w);
 }

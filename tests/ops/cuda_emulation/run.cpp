@@ -1,4 +1,5 @@
-// Compiled once per kernel and specialisation, with SOURCE the kernel's file, KERNEL its name and PARAMS its argument's type.
+// Compiled once per kernel and specialisation, with SOURCE the kernel's file, KERNEL its name, PARAMS its argument's type and SHARED_BYTES what it asks
+// for.
 #include SOURCE
 
 extern "C" __attribute__((visibility("default"))) void run(const void* params, int x, int y, int z, int threads) {
@@ -6,5 +7,5 @@ extern "C" __attribute__((visibility("default"))) void run(const void* params, i
     blockDim = {threads, 1, 1};
     for (blockIdx.z = 0; blockIdx.z < z; ++blockIdx.z)
         for (blockIdx.y = 0; blockIdx.y < y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block(threads, [&] { KERNEL(*static_cast<const PARAMS*>(params)); });
+            for (blockIdx.x = 0; blockIdx.x < x; ++blockIdx.x) run_block(threads, SHARED_BYTES, [&] { KERNEL(*static_cast<const PARAMS*>(params)); });
 }

@@ -51,6 +51,12 @@ def test_cases(conv_case, check_conv, emulated):
     check_conv(conv_case, "emulated", dtype=torch.bfloat16, channels=24)
 
 
+@pytest.mark.parametrize("watched", [True])
+def test_barriers_put_every_access_in_order(conv_case, check_conv, emulated):
+    emulated()
+    check_conv(conv_case, "emulated", dtype=torch.bfloat16, channels=24)
+
+
 @pytest.mark.slow
 def test_cases_in_the_hopper_table(conv_case, check_conv, emulated, monkeypatch):
     emulated()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba_pretrain.ops import cuda_scan_kernels as kernels
-from mamba_pretrain.ops import registry
+from mamba_pretrain.ops import nvrtc, registry
 from mamba_pretrain.ops.selective_scan import selective_scan
 
 
@@ -209,6 +210,39 @@ def test_what_has_decayed_is_not_read(rates, emulated):
     for reverse, unread in ((False, at < 96), (True, at >= 112)):
         values = torch.where(unread[:, None], torch.nan, ops.u)
         assert kernels.received_by_segments(ops, segments, values, None, reverse).isfinite().all()
+
+
+@pytest.mark.parametrize("watched", [True])
+@pytest.mark.parametrize(
+    ("changes", "shape", "operands"),
+    [
+        ({}, {}, {"channels": 40, "state": 16}),
+        ({"optional": False, "initial": False}, {}, {"channels": 40, "state": 16}),
+        ({"length": 83}, {"segments": 3, "warps": 1}, {"channels": 37, "state": 16}),
+        ({"length": 37}, {"lane_channels": 2, "warps": 3}, {"channels": 56, "state": 16}),
+        ({"length": 37}, {}, {"channels": 40, "state": 8}),
+        ({"length": 37}, {}, {"channels": 24, "state": 64}),
+    ],
+    ids=["usual", "only-what-is-required", "segments-odd-channels", "two-channels-a-quad", "8-states", "64-states"],
+)
+def test_barriers_put_every_access_in_order(changes, shape, operands, make_case, check_selective_scan, emulated):
+    emulated(**shape)
+    check_selective_scan(make_case(**changes), "emulated", dtype=torch.bfloat16, batch=1, **operands)
+
+
+@pytest.mark.parametrize("watched", [True])
+@pytest.mark.parametrize(
+    ("file", "barrier"), [("scan_forward.cu", "__syncwarp"), ("scan_backward.cu", "__syncwarp"), ("scan_backward.cu", "__syncthreads")]
+)
+def test_a_missing_barrier_is_seen(file, barrier, make_case, check_selective_scan, emulated, tmp_path, monkeypatch):
+    sources = tmp_path / "sources"
+    shutil.copytree(nvrtc.SOURCES, sources)
+    text = (sources / file).read_text()
+    (sources / file).write_text("".join(text.rpartition(f"{barrier}();")[::2]))  # without its last
+    monkeypatch.setattr(nvrtc, "SOURCES", sources)
+    emulated()
+    with pytest.raises(AssertionError, match=r"at byte \d+ of shared memory, by lane"):
+        check_selective_scan(make_case(length=37), "emulated", dtype=torch.bfloat16, batch=1, channels=40, state=16)
 
 
 @pytest.mark.parametrize("state", [8, 16])

@@ -397,13 +397,14 @@ def compares(row: dict[str, Any]) -> bool:
 
 
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of every model and length the newest row that compares ours with a peer, from records in order of time."""
+    """Of every model and length the newest row, from records in order of time; one that compares nothing takes the place of none."""
     parts: dict[str, dict[Any, dict[str, Any]]] = {"comparisons": {}, "best": {}, "parity": {}}
     for record in records:
         for part, rows in parts.items():
             for row in record.get(part, []):
-                if compares(row):
-                    rows[row["model"], row.get("length", LENGTH)] = row
+                key = row["model"], row.get("length", LENGTH)
+                if compares(row) or key not in rows:
+                    rows[key] = row
     return {part: list(rows.values()) for part, rows in parts.items()}
 
 

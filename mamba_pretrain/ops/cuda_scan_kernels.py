@@ -21,8 +21,6 @@ STATES = (8, 16, 32, 64)
 TILE = 16  # steps between checkpoints, as in scan.cuh
 SCALAR_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SHORTEST_SEGMENT = 256  # steps; below that what segments cost outweighs what they bring
-
-
 # Bytes of shared memory: of a Hopper multiprocessor, what every block takes beside its own, and what a block may have on every GPU from 8.0 on.
 HOPPER_SHARED, RESERVED_SHARED, MOST_SHARED = 228 * 1024, 1024, 99 * 1024
 

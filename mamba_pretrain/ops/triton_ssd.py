@@ -93,6 +93,11 @@ def cores(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def fills_tile(width: int) -> bool:
+    """Whether a head's channels, or its states, are as wide as the tile that holds them."""
+    return width >= MIN_WIDTH and width & (width - 1) == 0
+
+
 def unsupported(request: registry.Request) -> str | None:
     """Why these kernels cannot serve."""
     if (why := triton_unsupported(request)) is not None:
@@ -104,7 +109,7 @@ def unsupported(request: registry.Request) -> str | None:
         return f"a head's state must fit in {MAX_STATE_BYTES} bytes, not {size}"
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return "Triton's interpreter has no products in bf16"
-    if x.device.type == "cuda" and any(width < MIN_WIDTH or width & (width - 1) for width in (x.shape[3], state)):
+    if x.device.type == "cuda" and not (fills_tile(x.shape[3]) and fills_tile(state)):
         return f"it is right for powers of two from {MIN_WIDTH} on only, not {x.shape[3]} channels a head and {state} states"
     if x.numel() == 0 or x.shape[0] > 65535:
         return f"it takes 1 to 65535 rows that are not empty, not {tuple(x.shape)}"

@@ -124,7 +124,8 @@ def measure_block(block: nn.Module, d_model: int, batch: int, length: int, optio
     with LiveBytes([*block.parameters(), *leaves, *shared]) as live:
         # As in the middle of a model: inputs that nobody but the block keeps, outputs that live on only where they are kept. Where results of
         # projections are kept, the hidden state is one that the block before keeps.
-        hidden, residual = (leaf if kept else leaf * 1 for leaf, kept in zip(leaves, (options.recompute in KEPT, False), strict=True))
+        hidden = leaves[0] if options.recompute in KEPT else leaves[0] * 1
+        residual = leaves[1] * 1
         start = live.now
         with torch.autocast("cpu", dtype, enabled=options.compute is not None):
             arguments = (hidden, residual, boundaries if options.packed else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.monitor.text import si
 from mamba_pretrain.ops.cuda_scan_kernels import STATES
-from mamba_pretrain.ops.triton_ssd import MAX_HEADDIM, MAX_STATE, MIN_WIDTH
+from mamba_pretrain.ops.triton_ssd import MAX_HEADDIM, MAX_STATE, MIN_WIDTH, fills_tile
 
 INT32 = 2**31
 # Published recipes (arXiv:2312.00752 appendix E.2, arXiv:2405.21060 appendix D): parameters, peak lr of Mamba-1 and Mamba-2, batch.
@@ -65,7 +65,8 @@ def shape_warnings(config: ModelConfig, length: int) -> list[str]:
                 "Mamba-2's in_proj width 2 d_inner + 2 ngroups d_state + heads is no multiple of 8: its rows are no whole vectors, so matmuls and "
                 "convolution are slower, and causal-conv1d refuses them; choose headdim so that the number of heads is a multiple of 8"
             )
-        if not (_served(config.headdim, MAX_HEADDIM) and _served(config.d_state, MAX_STATE)):
+        fits = config.headdim <= MAX_HEADDIM and config.d_state <= MAX_STATE
+        if not (fits and fills_tile(config.headdim) and fills_tile(config.d_state)):
             found.append(
                 f"headdim {config.headdim} or d_state {config.d_state} is no power of two from {MIN_WIDTH} to {MAX_HEADDIM} (d_state: {MAX_STATE}): "
                 "on GPUs mamba-ssm's scan serves it, slower than our own and padded to the next one"
@@ -73,11 +74,6 @@ def shape_warnings(config: ModelConfig, length: int) -> list[str]:
         if length % config.chunk_size:
             found.append(f"length {length} is no multiple of chunk_size {config.chunk_size}: the last chunk of each sequence is padding")
     return found
-
-
-def _served(width: int, most: int) -> bool:
-    """Whether our Triton kernels of Mamba-2's scan take a width on GPUs."""
-    return MIN_WIDTH <= width <= most and width & (width - 1) == 0
 
 
 def recipe_warnings(config: ModelConfig, n_parameters: int, batch_tokens: int, total_tokens: int, lr: float) -> list[str]:

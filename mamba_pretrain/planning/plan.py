@@ -140,11 +140,11 @@ class Planner:
         rate = self.speed.tokens_per_second * speed.fp8_gain(self.config.precision.fp8, self.config.model.d_model)
         return self.batch_samples * self.length / rate * speed.RECOMPUTE_COST[recompute]
 
-    def launching_seconds(self, strategy: str, micro_batch: int) -> float:
-        """What a step takes at least on a GPU that waits for Python."""
+    def launching_seconds(self, strategy: str, micro_batches: int) -> float:
+        """What so many micro-batches take at least on a GPU that waits for Python."""
         if self.machine.device == "cpu":
             return 0.0
-        return speed.launching_seconds(strategy, self.config.model.n_layer, self.accumulation(micro_batch))
+        return speed.launching_seconds(strategy, self.config.model.n_layer, micro_batches)
 
     def traffic(self, strategy: str, micro_batch: int) -> list[communication.Traffic]:
         """What a step sends."""
@@ -167,7 +167,7 @@ class Planner:
         if compute is not None:
             per_rank = -(-self.batch_samples // self.machine.gpus) / self.batch_samples
             seconds = communication.step_seconds(compute * per_rank, self.traffic(strategy, micro_batch), self.machine.network)
-            seconds = max(seconds, self.launching_seconds(strategy, micro_batch))
+            seconds = max(seconds, self.launching_seconds(strategy, self.accumulation(micro_batch)))
         return Candidate(strategy, micro_batch, recompute, found.peak, found.needed, fits, seconds)
 
     def candidates(self) -> list[Candidate]:
@@ -191,6 +191,7 @@ def make_plan(config: RunConfig, machine: Machine, alternatives: bool = True) ->
     strategy = strategy_on(config.parallel.strategy, machine.gpus)
     micro_batch, recompute = config.train.micro_batch_size, config.parallel.activation_checkpointing
     used = planner.memory_of(strategy, micro_batch, recompute)
+    chosen = planner.candidate(strategy, micro_batch, recompute)
     flows = planner.traffic(strategy, micro_batch)
     return Plan(
         name=config.name,
@@ -212,13 +213,13 @@ def make_plan(config: RunConfig, machine: Machine, alternatives: bool = True) ->
         steps=planner.steps,
         tokens=planner.steps * planner.batch_samples * planner.length,
         memory=_memory_dict(used, machine),
-        time=_time(planner, strategy, micro_batch, recompute),
+        time=_time(planner, chosen),
         checkpoint=_checkpoint(config, planner.shape.total),
         communication=[asdict(flow) for flow in flows],
         scaling=_scaling(planner, strategy, micro_batch, recompute),
         network=machine.network.statement,
         candidates=planner.candidates() if alternatives else [],
-        warnings=_warnings(planner, used),
+        warnings=_warnings(planner, chosen),
     )
 
 
@@ -250,17 +251,16 @@ def _memory_dict(used: memory.Memory, machine: Machine) -> dict[str, Any]:
     }
 
 
-def _time(planner: Planner, strategy: str, micro_batch: int, recompute: str) -> dict[str, Any] | None:
-    candidate = planner.candidate(strategy, micro_batch, recompute)
-    if planner.speed is None or candidate.step_seconds is None:
+def _time(planner: Planner, chosen: Candidate) -> dict[str, Any] | None:
+    if planner.speed is None or chosen.step_seconds is None:
         return None
-    total = candidate.step_seconds * planner.steps
-    rate = planner.batch_samples * planner.length / candidate.step_seconds
+    total = chosen.step_seconds * planner.steps
+    rate = planner.batch_samples * planner.length / chosen.step_seconds
     gpus = planner.machine.gpus
     entry = device_entry(planner.machine.device)
     peak = entry[1] * 1e12 * gpus if entry else float("nan")
     return {
-        "step_seconds": candidate.step_seconds,
+        "step_seconds": chosen.step_seconds,
         "tokens_per_second": rate,
         "mfu": rate * planner.training_flops / peak,
         "seconds": total,
@@ -282,27 +282,26 @@ def _scaling(planner: Planner, strategy: str, micro_batch: int, recompute: str) 
     model, network = planner.config.model, planner.machine.network
     multi = "ddp" if strategy == "single" else strategy
     width = 2 if planner.compute else 4
-    least = 0.0 if planner.machine.device == "cpu" else speed.launching_seconds(multi, model.n_layer, 1)
+    least = planner.launching_seconds(multi, 1)
     points = communication.scaling(
         multi, planner.shape.total, model.n_layer, compute, planner.batch_samples, micro_batch, width, network, least
     )
     return [asdict(point) for point in points]
 
 
-def _warnings(planner: Planner, used: memory.Memory) -> list[str]:
+def _warnings(planner: Planner, chosen: Candidate) -> list[str]:
     config, machine = planner.config, planner.machine
     model, micro_batch = config.model, config.train.micro_batch_size
     batch_tokens = planner.batch_samples * planner.length
     tokens = planner.steps * batch_tokens
     found = []
-    if machine.memory_bytes is not None and used.needed > machine.memory_bytes:
+    if machine.memory_bytes is not None and not chosen.fits:
         found.append(
-            f"needs {used.needed / 1e9:.1f} GB but {machine.device} has {machine.memory_bytes / 1e9:.1f}: out of memory; try plan --find"
+            f"needs {chosen.needed / 1e9:.1f} GB but {machine.device} has {machine.memory_bytes / 1e9:.1f}: out of memory; try plan --find"
         )
     found += advice.batch_warnings(planner.batch_samples, micro_batch, machine.gpus)
-    strategy = strategy_on(config.parallel.strategy, machine.gpus)
-    step = planner.candidate(strategy, micro_batch, config.parallel.activation_checkpointing).step_seconds
-    found += advice.engine_warnings(strategy, step, planner.launching_seconds(strategy, micro_batch))
+    launching = planner.launching_seconds(chosen.strategy, planner.accumulation(micro_batch))
+    found += advice.engine_warnings(chosen.strategy, chosen.step_seconds, launching)
     found += advice.overflow_warnings(model, micro_batch, planner.length)
     found += advice.shape_warnings(model, planner.length)
     if config.train.init_from is None:  # a run that goes on from trained weights has a rate and a length of its own

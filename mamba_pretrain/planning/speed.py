@@ -20,6 +20,9 @@ RECOMPUTE_COST = {"none": 1.0, "selective": 1.06, "projections": 1.15, "block": 
 # nothing was measured: nothing is promised.
 FP8_GAIN = {"off": 1.0, "tensorwise": 1.15, "rowwise": 1.14, "blockwise": 1.06}
 FP8_MEASURED_WIDTH = 2048
+# What Python needs to launch a block's kernels, forward and backward, under DeepSpeed: Mamba-1 and Mamba-2 370m on two machines with two H200s took
+# 4 to 6 ms, stage 3 9 to 13 (benchmarks/engine_gpus.py). The other engines replay CUDA graphs.
+LAUNCHING_SECONDS = {"zero1": 4e-3, "zero2": 4e-3, "zero3": 10e-3}
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,6 @@ class Speed:
     tokens_per_second: float
     mfu: float
     source: str
-
-
-# What Python needs to launch a block's kernels, forward and backward, under DeepSpeed: Mamba-1 and Mamba-2 370m on two machines with two H200s took
-# 4 to 6 ms, stage 3 9 to 13 (benchmarks/engine_gpus.py). The other engines replay CUDA graphs.
-LAUNCHING_SECONDS = {"zero1": 4e-3, "zero2": 4e-3, "zero3": 10e-3}
 
 
 def launching_seconds(strategy: str, n_layer: int, micro_batches: int) -> float:

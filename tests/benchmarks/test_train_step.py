@@ -201,6 +201,14 @@ def test_parity_is_judged_by_what_two_runs_of_mamba_ssm_differ_by(ours, fails):
     assert bool(failed) == fails
 
 
+def test_a_row_that_compares_nothing_takes_the_place_of_none():
+    good = {"model": "mamba1-370m", "ours": {"step_ms": 1.0}, "mamba_ssm": {"step_ms": 2.0}}
+    broken = {"model": "mamba1-370m", "ours": {"step_ms": 1.0}, "mamba_ssm": {"error": "no time was left"}}
+    assert train_step.merged([{"comparisons": [good]}, {"comparisons": [broken]}])["comparisons"] == [good]
+    # Alone it stays, so that its error is told.
+    assert train_step.merged([{"parity": [broken]}])["parity"] == [broken]
+
+
 def test_the_newest_row_of_every_model_counts():
     old, new = row(), {**row(), "model": "mamba1-370m"}
     merged = train_step.merged([{"comparisons": [old]}, {"comparisons": [new, {**old, "batch": 4}]}, {"parity": []}])

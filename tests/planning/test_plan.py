@@ -18,7 +18,7 @@ from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.ops.cross_entropy import CHUNK_ELEMENTS
 from mamba_pretrain.planning import advice, communication, memory, speed
 from mamba_pretrain.planning.activations import Options
-from mamba_pretrain.planning.plan import Machine, Planner, make_plan, strategy_on
+from mamba_pretrain.planning.plan import Machine, Plan, Planner, make_plan, strategy_on
 from mamba_pretrain.planning.show import show_found, show_plan
 
 MakeConfig = Callable[..., Any]
@@ -51,25 +51,25 @@ def test_plan_of_a_published_size(run_config: MakeConfig) -> None:
         assert expected in text
 
 
+def with_and_without_graphs(config: Any, gpus: int) -> tuple[Plan, Plan]:
+    def of(mode: str) -> Plan:
+        config.parallel = config.parallel.model_copy(update={"cuda_graphs": mode})
+        return make_plan(config, Machine.of("NVIDIA H100 80GB HBM3", gpus), alternatives=False)
+
+    return of("auto"), of("off")
+
+
 def test_graphs_take_no_more_memory_where_a_step_is_one_micro_batch(run_config: MakeConfig) -> None:
     # Gradients come to be while activations go; a replay writes activations where its gradients will lie.
-    config = run_config(batch=16, micro=16, strategy="single")
-    found = {}
-    for mode in ("auto", "off"):
-        config.parallel = config.parallel.model_copy(update={"cuda_graphs": mode})
-        found[mode] = make_plan(config, Machine.of("NVIDIA H100 80GB HBM3", 1), alternatives=False)
-    assert found["auto"].memory == found["off"].memory
+    replayed, launched = with_and_without_graphs(run_config(batch=16, micro=16, strategy="single"), 1)
+    assert replayed.memory == launched.memory
 
 
 def test_graphs_sum_every_micro_batchs_gradients_over_processes(run_config: MakeConfig) -> None:
     # Four micro-batches a step: launched, a process holds whole gradients until the last of them.
-    config = run_config(batch=64, micro=8, strategy="fsdp2")
-    found = {}
-    for mode in ("auto", "off"):
-        config.parallel = config.parallel.model_copy(update={"cuda_graphs": mode})
-        found[mode] = make_plan(config, Machine.of("NVIDIA H100 80GB HBM3", 2), alternatives=False)
-    assert found["auto"].memory["parts"]["gradients"] == pytest.approx(4 * found["auto"].parameters / 2)
-    assert found["auto"].memory["peak"] < found["off"].memory["peak"]
+    replayed, launched = with_and_without_graphs(run_config(batch=64, micro=8, strategy="fsdp2"), 2)
+    assert replayed.memory["parts"]["gradients"] == pytest.approx(4 * replayed.parameters / 2)
+    assert replayed.memory["peak"] < launched.memory["peak"]
 
 
 def test_state_bytes_of_every_engine(run_config: MakeConfig) -> None:

@@ -107,7 +107,7 @@ struct CarryWarp {
         for (int v = 0; v < VECTORS; ++v) store<4>(&tile.bc_float[0][(v * 32 + lane) * 4], bc[v]);
     }
 
-    // A lane turns STEPS steps of its columns into floats, and adds up the time steps over the tile.
+    // A lane turns STEPS_A_LANE steps of its columns into floats, and adds up the time steps over the tile.
     template <int K = CPT>
     DEVICE void prepare(int stage, unsigned starts, int valid, Columns& own) const {
         if constexpr (K > 1)

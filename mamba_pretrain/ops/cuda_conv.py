@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba_pretrain.ops import beside, nvrtc, registry
 from mamba_pretrain.ops import cuda_conv_kernels as kernels
-from mamba_pretrain.ops import nvrtc, registry
 from mamba_pretrain.ops.causal_conv1d import final_inputs, inputs_before
 from mamba_pretrain.ops.common import document_numbers
 from mamba_pretrain.ops.kernel_arguments import on_device_of
@@ -73,12 +73,12 @@ def forward(x, weight, bias, seq_idx, history, silu):  # type: ignore[no-untyped
     device_types="cuda",
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? history, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def backward(dy, x, weight, bias, seq_idx, history, silu):  # type: ignore[no-untyped-def]
-    """See ``cuda_conv_kernels.backward``."""
+def backward(dy, x, weight, bias, seq_idx, history, silu, gradient=beside.alone):  # type: ignore[no-untyped-def]
+    """See ``cuda_conv_kernels.backward``. ``gradient``: where that of x goes."""
     with on_device_of(x):
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         x, weight, bias, seq_idx, history = _plain(x, weight, bias, seq_idx, history)
-        return kernels.backward(kernels.Operands(x, weight, bias, seq_idx, history, silu), dy)
+        return kernels.backward(kernels.Operands(x, weight, bias, seq_idx, history, silu), dy, gradient(x))
 
 
 @forward.register_fake
@@ -99,7 +99,8 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, seq_idx, history = ctx.saved_tensors
-    dx, dweight, dbias, dhistory = backward(dy.to(x.dtype), x, weight, bias, seq_idx, history, ctx.silu)
+    inputs = (x, weight, bias, seq_idx, history, ctx.silu)
+    dx, dweight, dbias, dhistory = backward(dy.to(x.dtype), *inputs, gradient=beside.gradient_of)
     return dx, dweight, None if bias is None else dbias, None, None if history is None else dhistory, None
 
 

@@ -51,8 +51,8 @@ def tuning(name: str, dtype: torch.dtype, device: int) -> Tuning:
 
 ConvParams = struct(
     "ConvParams",
-    **fields("x dy", Rows),
-    **fields("weight bias seq_idx history y dx dhistory sums", ctypes.c_void_p),
+    **fields("x dy dx", Rows),
+    **fields("weight bias seq_idx history y dhistory sums", ctypes.c_void_p),
     **fields("length channels", ctypes.c_int),
 )
 ConvReduceParams = struct("ConvReduceParams", **fields("sums dweight dbias", ctypes.c_void_p), **fields("parts channels", ctypes.c_int))
@@ -89,12 +89,12 @@ class Operands:
     ) -> None:
         """Runs a pass."""
         batch, length, channels = self.x.shape
-        vector = whole_vectors(channels, self.x, dy, self.history)
+        vector = whole_vectors(channels, self.x, dy, dx, self.history)
         lane_channels = tuned.channels if vector else 1
         specialised = (self.weight.shape[1], lane_channels, self.seq_idx is not None, self.silu)
         kernel = _kernel(name, tuned, self.x.dtype, *specialised, self.x.device.index)
-        pointers = map(pointer, (self.weight, self.bias, self.seq_idx, self.history, y, dx, dhistory, sums))
-        params = ConvParams(rows(self.x), rows(dy), *pointers, length, channels)
+        pointers = map(pointer, (self.weight, self.bias, self.seq_idx, self.history, y, dhistory, sums))
+        params = ConvParams(rows(self.x), rows(dy), rows(dx), *pointers, length, channels)
         kernel((-(-channels // (32 * lane_channels)), -(-length // tuned.covered), batch), params)
 
 
@@ -131,12 +131,13 @@ def forward(ops: Operands) -> Tensor:
     return y
 
 
-def backward(ops: Operands, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight (d, w), bias (d,) and history (empty if absent). dy (b, l, d) with adjacent channels."""
+def backward(ops: Operands, dy: Tensor, dx: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (written into ``dx`` if given), weight (d, w), bias (d,) and history (empty if absent). dy, dx (b, l, d) with adjacent
+    channels."""
     batch, length, channels = ops.x.shape
     taps, device = ops.weight.shape[1], ops.x.device
+    dx = torch.empty(ops.x.shape, dtype=ops.x.dtype, device=device) if dx is None else dx
     tuned = tuning("conv_backward", ops.x.dtype, device.index)
-    dx = torch.empty(ops.x.shape, dtype=ops.x.dtype, device=device)
     dhistory = torch.empty_like(ops.history) if ops.history is not None else ops.x.new_empty(0)
     parts = batch * -(-length // tuned.covered)
     sums = torch.empty(parts, taps + 1, channels, dtype=torch.float32, device=device)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mamba_pretrain.ops import beside, nvrtc, registry
 from mamba_pretrain.ops import cuda_scan_kernels as kernels
-from mamba_pretrain.ops import nvrtc, registry
 from mamba_pretrain.ops.kernel_arguments import adjacent, on_device_of
 from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.scan_autograd import register_gradients
@@ -88,12 +88,18 @@ def forward(u, delta, A, B, C, D, z, delta_bias, seq_idx, initial_state, save): 
     schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor checkpoints)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def backward(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, seq_idx, checkpoints):  # type: ignore[no-untyped-def]
-    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state); that of an absent z is empty, of others without meaning."""
+def backward(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, seq_idx, checkpoints, gradient=beside.alone):  # type: ignore[no-untyped-def]
+    """Gradients of (u, delta, A, B, C, D, z, delta_bias, initial_state); that of an absent z is empty, of others without meaning.
+
+    ``gradient``: where that of z goes.
+    """
     with on_device_of(u):
         ops = _operands(u, delta, A, B, C, D, z, delta_bias, seq_idx)
         dfinal = None if dfinal is None else dfinal.contiguous()
-        return kernels.backward(ops, adjacent(dy), dfinal, checkpoints).in_order()
+        dz = None if z is None else gradient(z)
+        if kernels.gate_row(dz) is None:
+            dz = beside.alone(z)
+        return kernels.backward(ops, adjacent(dy), dfinal, checkpoints, dz).in_order()
 
 
 @forward.register_fake
@@ -122,4 +128,4 @@ def _(dy, dfinal, u, delta, A, B, C, D, z, delta_bias, seq_idx, checkpoints):  #
     )
 
 
-register_gradients(forward, backward, forward_only=1)  # whether to save
+register_gradients(forward, backward, forward_only=1, gradient=beside.gradient_of)  # not handed on: whether to save

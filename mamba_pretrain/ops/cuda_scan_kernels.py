@@ -184,12 +184,12 @@ class Operands:
         length = TILE * -(-self.tiles // count)
         return Segments(-(-self.length // length), length)
 
-    def kernel(self, name: str, values: Tensor | None = None, reverse: int = 0) -> nvrtc.Kernel:
+    def kernel(self, name: str, values: Tensor | None = None, reverse: int = 0, gate_row: int = 1) -> nvrtc.Kernel:
         """A kernel specialised for these operands. ``values``: an activation that it reads beside u, delta and z."""
         vector_io = whole_vectors(self.channels, self.u, self.delta, self.z, values)
         vector_bc = whole_vectors(self.states, self.B, self.C)
         present = (self.z is not None, self.seq_idx is not None)
-        return _kernel(name, self.shape(name), self.shape("scan_backward"), self._kind(), *present, vector_io, vector_bc, reverse)
+        return _kernel(name, self.shape(name), self.shape("scan_backward"), self._kind(), *present, vector_io, vector_bc, reverse, gate_row)
 
     def plain_kernel(self, name: str) -> nvrtc.Kernel:
         """A kernel that has a thread for each result: of 256 threads a block, specialised for dtype and states only."""
@@ -210,6 +210,7 @@ def _kernel(
     vector_io: bool,
     vector_bc: bool,
     reverse: int,
+    gate_row: int,
 ) -> nvrtc.Kernel:
     dtype, states, device = kind
     macros = {
@@ -225,6 +226,7 @@ def _kernel(
         "MIN_BLOCKS": shape.min_blocks,
         "POLYNOMIAL_EVERY": shape.polynomial_every,
         "REVERSE": reverse,
+        "GATE_ROW": gate_row,
         "MOST_SHARED": shape.most_shared,
     }
     return nvrtc.kernel(f"{name}.cu", macros, 32 * shape.warps, device)
@@ -249,9 +251,11 @@ def warm_up(
     kind, wide = (dtype, states, device), channels % 8 == 0
     for name in ("scan_forward", "scan_backward"):
         reverse = name == "scan_backward"
-        _kernel(name, geometry(name), geometry("scan_backward"), kind, has_z, has_seq, wide, True, 0)
+        # In a model z is half of a projection's output, and so is its gradient of that output's.
+        gate_row = 2 if reverse and has_z else 1
+        _kernel(name, geometry(name), geometry("scan_backward"), kind, has_z, has_seq, wide, True, 0, gate_row)
         if geometry(name).segments > 1:
-            _kernel("scan_carry", geometry("scan_carry"), geometry("scan_backward"), kind, has_z, has_seq, wide, True, int(reverse))
+            _kernel("scan_carry", geometry("scan_carry"), geometry("scan_backward"), kind, has_z, has_seq, wide, True, int(reverse), 1)
             _plain_kernel("scan_join", kind)
     _plain_kernel("scan_reduce", kind)
 
@@ -332,7 +336,7 @@ class Gradients:
     initial: Tensor
 
     @classmethod
-    def empty(cls, ops: Operands) -> Gradients:
+    def empty(cls, ops: Operands, dz: Tensor | None) -> Gradients:
         """Uninitialised memory; the kernels write every element."""
         activation = functools.partial(torch.empty, dtype=ops.u.dtype, device=ops.device)
         return cls(
@@ -342,7 +346,7 @@ class Gradients:
             B=activation(ops.B.shape),
             C=activation(ops.C.shape),
             D=ops.new(ops.channels),
-            z=activation(ops.u.shape if ops.z is not None else 0),
+            z=activation(0) if dz is None else dz,
             delta_bias=ops.new(ops.channels),
             initial=ops.new(ops.batch, ops.channels, ops.states),
         )
@@ -352,9 +356,20 @@ class Gradients:
         return self.u, self.delta, self.A, self.B, self.C, self.D, self.z, self.delta_bias, self.initial
 
 
-def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Tensor) -> Gradients:
-    """Gradients from those of y and of the final state."""
-    grads = Gradients.empty(ops)
+def gate_row(dz: Tensor | None) -> int | None:
+    """How many times as long as ``dz`` (b, l, d) the rows are that it is a part of; None if its rows are not evenly spaced by such a number."""
+    if dz is None:
+        return 1
+    _, length, channels = dz.shape
+    times = dz.stride(1) // channels
+    return times if dz.stride() == (length * times * channels, times * channels, 1) else None
+
+
+def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Tensor, dz: Tensor | None = None) -> Gradients:
+    """Gradients from those of y and of the final state; that of z is written into ``dz`` if given, of which ``gate_row`` must know the rows."""
+    if dz is None and ops.z is not None:
+        dz = torch.empty(ops.z.shape, dtype=ops.z.dtype, device=ops.device)
+    grads = Gradients.empty(ops, dz)
     shape = ops.shape("scan_backward")
     segments = ops.cut(shape.segments)
     received = received_by_segments(ops, segments, dout, dfinal, reverse=True)
@@ -386,7 +401,7 @@ def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Te
         ops.channels,
         *segments,
     )
-    ops.kernel("scan_backward", dout)((blocks, ops.batch, segments.count), params)
+    ops.kernel("scan_backward", dout, gate_row=gate_row(dz) or 1)((blocks, ops.batch, segments.count), params)
     bc_grid = math.ceil(ops.batch * ops.length * ops.states * 2 / 4 / 256)
     others = math.ceil(ops.channels * (ops.states + 2) / 256)
     sums = ReduceParams(

@@ -36,7 +36,10 @@ def observed(*arguments: Any) -> bool:
 
 
 class Operator:
-    """The custom operator ``mamba_pretrain::NAME`` of a function on tensors; called like the function, by position."""
+    """The custom operator ``mamba_pretrain::NAME`` of a function on tensors; called like the function, by position.
+
+    Named arguments, which the function has defaults for, are for direct calls: an operator's schema does not have them.
+    """
 
     def __init__(self, function: Function, name: str, **options: Any) -> None:
         functools.update_wrapper(self, function)
@@ -46,10 +49,10 @@ class Operator:
         self._overload = getattr(torch.ops.mamba_pretrain, name).default
         self._differentiable: Function = self._overload  # which says that it has no gradient, should one be asked for
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **direct: Any) -> Any:
         if observed(*arguments):
             return self._overload(*arguments)
-        return (self._differentiable if torch.is_grad_enabled() else self._function)(*arguments)
+        return self._differentiable(*arguments) if torch.is_grad_enabled() else self._function(*arguments, **direct)
 
     def register_fake(self, function: Function) -> Function:
         """Decorator: what gives results of the right shapes without computing them."""

@@ -2,8 +2,9 @@
 
 The forward pass is torch.nn.Linear's, autocast included. What autograd would add behind its matmuls is left out of the backward pass:
 
-- an output that is used in parts (Mamba-1's u and z) has its gradient in parts too. Autograd concatenates them first; here each part's matmuls
-  take it as it is, and the parts' shares of the input's gradient are summed by the matmuls themselves;
+- an output that is used in parts (Mamba-1's u and z) has its gradient in parts too. Autograd concatenates them first; here parts that lie beside
+  each other in memory already (``ops/beside.py``) are taken as one, and of others each part's matmuls take it as it is and sum the parts' shares
+  of the input's gradient themselves;
 - an input that is used beside the projection (Mamba-1's u, which the scan takes as well) gets two gradients. Autograd adds them afterwards;
   here the matmul adds the second to the first, in place;
 - a weight's gradient is written in the weight's dtype at once, on CUDA; autograd writes it in autocast's and casts it.
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba_pretrain.ops import fp8
+from mamba_pretrain.ops import beside, fp8
 from mamba_pretrain.ops.matmul import add_matmul, matmul
 
 
@@ -111,17 +112,25 @@ class _Projection(torch.autograd.Function):
 
 def _gradients(ctx: Any, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     of_kept, of_parts = (gradients[0], gradients[1:]) if ctx.beside else (None, gradients)
-    parts = [None if g is None else g.reshape(-1, width) for g, width in zip(of_parts, ctx.widths, strict=True)]
+    parts, widths = _joined(of_parts, ctx.widths)
     x_dtype, weight_dtype, bias_dtype = ctx.dtypes
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     if ctx.recipe is not None:
-        dx, dweight = fp8.gradients(parts, ctx.widths, ctx.saved_tensors, (x_dtype, weight_dtype), ctx.recipe)
+        dx, dweight = fp8.gradients(parts, widths, ctx.saved_tensors, (x_dtype, weight_dtype), ctx.recipe)
     else:
         x, weight = ctx.saved_tensors
-        dx = _input_gradient(parts, ctx.widths, weight, of_kept, x_dtype) if needs_x else None
-        dweight = _weight_gradient(parts, ctx.widths, x, weight_dtype) if needs_weight else None
-    dbias = _bias_gradient(parts, ctx.widths, bias_dtype) if needs_bias else None
+        dx = _input_gradient(parts, widths, weight, of_kept, x_dtype) if needs_x else None
+        dweight = _weight_gradient(parts, widths, x, weight_dtype) if needs_weight else None
+    dbias = _bias_gradient(parts, widths, bias_dtype) if needs_bias else None
     return None if dx is None else dx.view(ctx.shape), dweight, dbias, None, None, None, None
+
+
+def _joined(gradients: Sequence[Tensor | None], widths: tuple[int, ...]) -> tuple[list[Tensor | None], tuple[int, ...]]:
+    """Gradients of the parts as (rows, width), neighbours in memory as one, and their widths."""
+    if len(widths) > 1 and not any(g is None for g in gradients):
+        gradients = beside.joined(gradients)
+        widths = tuple(g.shape[-1] for g in gradients if g is not None)
+    return [None if g is None else g.reshape(-1, width) for g, width in zip(gradients, widths, strict=True)], widths
 
 
 def _input_gradient(

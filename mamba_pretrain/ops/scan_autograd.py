@@ -35,8 +35,9 @@ def parts_of_xBC(xBC: Tensor, x: Tensor, B: Tensor) -> tuple[Tensor, ...]:
     return parts(xBC, (of_head, of_group, of_group))
 
 
-def register_gradients(forward: Any, backward: Any, forward_only: int = 0, beside: bool = False) -> None:
-    """Makes ``forward`` differentiable by ``backward``. The first ``forward_only`` options are not handed on; ``beside``: see above."""
+def register_gradients(forward: Any, backward: Any, forward_only: int = 0, beside: bool = False, **direct: Any) -> None:
+    """Makes ``forward`` differentiable by ``backward``. The first ``forward_only`` options are not handed on; ``beside``: see above; ``direct``:
+    what ``backward`` takes besides where it is called directly."""
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         initial_state, *options = inputs[TENSORS:]
@@ -49,7 +50,7 @@ def register_gradients(forward: Any, backward: Any, forward_only: int = 0, besid
     def gradients(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         *inputs, kept = ctx.saved_tensors
         dy = torch.zeros_like(inputs[0]) if dy is None else dy
-        found = backward(dy, dfinal, *inputs, kept, *ctx.options[forward_only:])
+        found = backward(dy, dfinal, *inputs, kept, *ctx.options[forward_only:], **direct)
         if beside:
             dxBC, ddt, dA, *others = found
             dx, dB, dC = parts_of_xBC(dxBC, inputs[0], inputs[3])

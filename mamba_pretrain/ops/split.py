@@ -1,7 +1,7 @@
 """A tensor in parts of its last dimension, and the gradients of such parts in one buffer.
 
 Autograd concatenates the gradients of parts: a copy of all of them. Here who computes them writes them beside each other into one buffer and
-hands on views of it (``scan_autograd``); ``split`` recognises such views by where they lie and returns their buffer as it is.
+hands on views of it (``scan_autograd``); ``split`` recognises such views by where they lie (``beside``) and returns their buffer as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mamba_pretrain.ops import beside
 
 Shape = Sequence[int]  # of two numbers: what a part's share of the last dimension becomes
 
@@ -57,15 +59,8 @@ _apply: Any = super(torch.autograd.Function, _Split).apply  # type: ignore[misc]
 
 def _buffer(gradients: Sequence[Tensor]) -> Tensor | None:
     """(b, l, all channels) of which ``gradients`` are the parts, in order; None if they are not."""
-    if torch.is_grad_enabled():  # a second derivative would see the first part's gradient alone
+    if any(g.stride()[2:] != (g.shape[3], 1) for g in gradients):
         return None
-    first = gradients[0]
-    batch_stride, row_stride, _, _ = first.stride()
-    begin = end = first.storage_offset()
-    for g in gradients:
-        batch, length, rows, columns = g.shape
-        beside = g.storage_offset() == end and g.stride() == (batch_stride, row_stride, columns, 1)
-        if not (beside and type(g) is Tensor and not g.is_neg() and torch._C._is_alias_of(first, g)):  # type: ignore[attr-defined]
-            return None
-        end += rows * columns
-    return first.as_strided((batch, length, end - begin), (batch_stride, row_stride, 1), begin)
+    flat = [g.as_strided((*g.shape[:2], g.shape[2] * g.shape[3]), (*g.stride()[:2], 1), g.storage_offset()) for g in gradients]
+    whole = beside.joined(flat)
+    return whole[0] if len(whole) == 1 else None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba_pretrain.ops import registry
+from mamba_pretrain.ops import beside, registry
 from mamba_pretrain.ops.common import document_bounds, triton_unsupported
 from mamba_pretrain.ops.kernel_arguments import on_device_of
 from mamba_pretrain.ops.operator import operator
@@ -302,14 +302,19 @@ def forward(x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_size, dt
     schema=f"(Tensor dy, Tensor? dfinal, {_INPUTS}, Tensor initial_state, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def backward(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_size, dt_min, dt_max):  # type: ignore[no-untyped-def]
-    """Gradients of (x and B and C, dt, A, D, z, dt_bias, initial_state); those of absent inputs without meaning."""
+def backward(  # type: ignore[no-untyped-def]
+    dy, dfinal, x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_size, dt_min, dt_max, gradient=beside.alone
+):
+    """Gradients of (x and B and C, dt, A, D, z, dt_bias, initial_state); those of absent inputs without meaning.
+
+    ``gradient``: where that of dt goes.
+    """
     with on_device_of(x):
         call = _Call(x, dt, A, B, C, D, dt_bias, bounds, (dt_min, dt_max))
         call.cut(call.tuning.tile * call.tuning.tiles)
         dy = dy.contiguous()  # as the kernels address it
         states, dstates, products, dinitial = _states(call, dy, initial_state.contiguous(), dfinal)
-        return _gradients(call, dy, states, dstates, products, dinitial)
+        return _gradients(call, dy, states, dstates, products, dinitial, gradient(dt))
 
 
 def _states(call: _Call, dy: Tensor, initial_state: Tensor, dfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -324,11 +329,13 @@ def _states(call: _Call, dy: Tensor, initial_state: Tensor, dfinal: Tensor | Non
     return states, dstates, products, first[:, 0] if segments == 1 else first[:, 0].contiguous()
 
 
-def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, products: Tensor, dinitial: Tensor) -> tuple[Tensor, ...]:
+def _gradients(
+    call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, products: Tensor, dinitial: Tensor, ddt: Tensor
+) -> tuple[Tensor, ...]:
     from mamba_pretrain.ops import triton_ssd_kernels as kernels
 
     t, x, B, C, new = call.tuning, call.x, call.B, call.C, call.x.new_empty
-    dxBC, ddt = new_dxBC(x, B), call.dt.new_empty(call.dt.shape)
+    dxBC = new_dxBC(x, B)
     row = dxBC.shape[2]
 
     def sums(*shape: int) -> Tensor:
@@ -369,7 +376,8 @@ def _gradients(call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, product
     launch(
         kernels.ssd_finish, (call.batch * call.chunks, -(-call.heads // PREPARE_HEADS), 1),
         call.dt, call.A, call.bias, *call.documents, shares, taken, cross, from_states, products, ddt, by_chunk,
-        *call.dt.stride(), taken.numel(), call.batch, call.length, call.padded, call.heads, call.chunks, blocks, len(products), *call.limits,
+        *call.dt.stride(), ddt.stride(1), taken.numel(),
+        call.batch, call.length, call.padded, call.heads, call.chunks, blocks, len(products), *call.limits,
         HAS_BIAS=call.bias is not None, HAS_D=call.D is not None, HAS_DOCUMENTS=call.documents[0] is not None,
         TILES=t.tiles, TILE=t.tile, HEADS=PREPARE_HEADS, num_warps=4,
     )  # fmt: skip
@@ -388,4 +396,4 @@ def _(dy, dfinal, x, dt, A, B, C, D, z, dt_bias, bounds, initial_state, chunk_si
     return new_dxBC(x, B), dt.new_empty(dt.shape), *per_head[:2], x.new_empty(0), per_head[2], _outputs(x, B)[1]
 
 
-register_gradients(forward, backward, beside=True)
+register_gradients(forward, backward, beside=True, gradient=beside.gradient_of)

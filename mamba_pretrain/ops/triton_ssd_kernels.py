@@ -510,7 +510,7 @@ def ssd_gather(
 def ssd_finish(
     dt_ptr, A_ptr, bias_ptr, begins_ptr, ends_ptr, shares_ptr, taken_ptr, cross_ptr, from_states_ptr, products_ptr,
     ddt_ptr, sums_ptr,
-    dt_batch, dt_row, dt_head, vector_size, batches, length, padded, heads, chunks, from_blocks, product_blocks, dt_min, dt_max,
+    dt_batch, dt_row, dt_head, ddt_row, vector_size, batches, length, padded, heads, chunks, from_blocks, product_blocks, dt_min, dt_max,
     HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     TILES: tl.constexpr, TILE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -558,7 +558,7 @@ def ssd_finish(
     direct = tl.where(step > 0.0, (given + to_states) / step, 0.0) + own
     ddt = (direct + change * A[:, None]) * tl.sigmoid(raw)
     ddt = tl.where(mask & (soft >= dt_min) & (soft <= dt_max), ddt, 0.0)
-    tl.store(ddt_ptr + (batch * length + rows[None, :]) * heads + columns[:, None], ddt.to(ddt_ptr.dtype.element_ty), mask=mask)
+    tl.store(ddt_ptr + (batch * length + rows[None, :]) * ddt_row + columns[:, None], ddt.to(ddt_ptr.dtype.element_ty), mask=mask)
     of_chunk = (batch * chunks + chunk) * heads + columns
     tl.store(sums_ptr + of_chunk, tl.sum(change * step, axis=1), mask=present)
     if HAS_BIAS:

@@ -23,6 +23,7 @@ USUAL = {
     "SCALAR_TYPE": 1,
     "STATES": 16,
     "LANE_CHANNELS": 2,
+    "GATE_ROW": 2,
     "TWIST_CHANNELS": 4,
     "HAS_Z": 1,
     "HAS_SEQ": 1,

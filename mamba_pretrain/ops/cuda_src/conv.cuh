@@ -23,11 +23,11 @@ static_assert(CHUNK_STEPS % AHEAD == 0 && AHEAD + REACH < 32, "groups divide a c
 static_assert(CHUNK_STEPS >= REACH, "only the first chunk reaches before step 0");
 
 struct ConvParams {
-    Rows x, dy;
+    Rows x, dy, dx;
     const float *weight, *bias;  // (channels, taps), (channels) or null; each begins on 16 bytes
     const int* seq_idx;          // (batch, length)
     const scalar_t* history;     // (batch, taps - 1, channels) or null: the rows before step 0
-    scalar_t *y, *dx;            // (batch, length, channels)
+    scalar_t* y;                 // (batch, length, channels)
     scalar_t* dhistory;
     float* sums;  // (batch, blocks over time, taps + 1, channels): gradients of weight and bias from each block
     int length, channels;

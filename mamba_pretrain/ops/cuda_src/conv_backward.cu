@@ -11,13 +11,13 @@ struct Sums {  // gradients of weight and bias
 struct Gradients {
     Sums& sums;
     Stream dy;
-    scalar_t* row;             // that of dx which the current step completes
+    char* row;                 // that of dx which the current step completes
     float dx[TAPS][CHANNELS];  // dx[j]: of the row j steps back, so far
 
     DEVICE Gradients(const Convolution& conv, Sums& found, int limit)
         : sums(found),
           dy(conv.p.dy, conv.batch, conv.begin, conv.channel, limit - conv.begin),
-          row(conv.p.dx + (offset_t(conv.batch) * conv.p.length + conv.begin - REACH) * conv.p.channels + conv.channel) {
+          row(reinterpret_cast<char*>(conv.p.dx.at(conv.batch, conv.begin - REACH) + conv.channel)) {
         clear(dx);
     }
 
@@ -71,11 +71,11 @@ struct Gradients {
                 for (int c = 0; c < CHANNELS; ++c) dx[0][c] = 0.f;
             }
             if (PLAIN || step - REACH >= conv.begin) {
-                put(row, dx[REACH]);
+                put(reinterpret_cast<scalar_t*>(row), dx[REACH]);
             } else if (conv.begin == 0 && conv.p.dhistory != nullptr) {
                 put(conv.history_row(conv.p.dhistory, step - REACH), dx[REACH]);
             }
-            row += conv.p.channels;
+            row += conv.p.dx.row_bytes;
         }
     }
 };

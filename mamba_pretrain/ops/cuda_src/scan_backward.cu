@@ -31,7 +31,8 @@ static_assert(START_SCALE * START_LEAST * -LARGEST_A > 150.f, "exp2 of it is exa
 
 struct BackwardParams {
     Rows u, delta, z, B, C, dout;
-    scalar_t *du, *ddelta, *dz;  // (batch, length, channels), contiguous
+    scalar_t *du, *ddelta;  // (batch, length, channels), contiguous
+    scalar_t* dz;           // the same, but for rows that are GATE_ROW times as long: a part of a wider tensor
     const float *A, *D, *delta_bias;
     const int* seq_idx;
     const float* checkpoints;  // (batch, tiles, channels, states)
@@ -292,7 +293,7 @@ struct Backward {
         store_channels(p.du + out, first, p.channels, du, inside);
         store_channels(p.ddelta + out, first, p.channels, ddelta, inside);
 #if HAS_Z
-        store_channels(p.dz + out, first, p.channels, dz, inside);
+        store_channels(p.dz + GATE_ROW * out - (GATE_ROW - 1) * first, first, p.channels, dz, inside);
 #endif
         out -= SUB * p.channels;
         store<CPT>(tile.dbias[lane], dbias);

@@ -120,3 +120,17 @@ def test_strided_rows_and_unaligned_parameters_give_the_same(emulated):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+def test_the_inputs_gradient_may_be_a_part_of_a_wider_tensor(emulated):
+    emulated()
+    torch.manual_seed(0)
+    ops = kernels.Operands(torch.randn(2, 70, 16), torch.randn(16, 4), None, None, None, True)
+    dy, wide = torch.randn(2, 70, 16), torch.full((2, 70, 40), 7.0)
+    expected = kernels.backward(ops, dy)
+    found = kernels.backward(ops, dy, wide[..., 8:24])
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(wide[..., 8:24], expected[0])
+    assert (wide[..., :8] == 7).all()
+    assert (wide[..., 24:] == 7).all()

@@ -277,6 +277,38 @@ def test_two_channels_a_quad(make_case, check_selective_scan, emulated):
     check_selective_scan(make_case(), "emulated", dtype=torch.bfloat16, channels=56, state=16)
 
 
+@pytest.mark.parametrize(("wide", "begin", "times"), [(80, 40, 2), (120, 0, 3), (120, 80, 3)])
+def test_the_gates_gradient_may_be_a_part_of_a_wider_tensor(wide, begin, times, emulated):
+    emulated()
+    torch.manual_seed(0)
+    ops = drawn_operands()
+    checkpoints, dout, buffer = kernels.forward(ops, None, save=True)[2], torch.randn(2, 37, 40).bfloat16(), torch.full((2, 37, wide), 7.0)
+    expected = kernels.backward(ops, dout, None, checkpoints).in_order()
+    buffer = buffer.bfloat16()
+    dz = buffer[..., begin : begin + 40]
+    assert kernels.gate_row(dz) == times
+    found = kernels.backward(ops, dout, None, checkpoints, dz).in_order()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    dz.fill_(7)
+    assert (buffer == 7).all()  # nothing else was written
+
+
+def test_rows_that_are_no_multiple_are_told():
+    assert kernels.gate_row(None) == 1
+    assert kernels.gate_row(torch.empty(2, 37, 40)) == 1
+    assert kernels.gate_row(torch.empty(2, 37, 90)[..., :40]) is None
+    assert kernels.gate_row(torch.empty(2, 50, 80)[:, :37, :40]) is None
+
+
+def drawn_operands() -> kernels.Operands:
+    def low(*shape):
+        return torch.randn(shape).bfloat16()
+
+    u, delta, B, C, z = low(2, 37, 40), low(2, 37, 40), low(2, 37, 16), low(2, 37, 16), low(2, 37, 40)
+    return kernels.Operands(u, delta, -torch.rand(40, 16), B, C, torch.randn(40), z, torch.randn(40), None)
+
+
 def test_results_are_what_compilers_are_told(emulated):
     """Shapes and dtypes of the fake kernels, which torch.compile and the FLOP counter use."""
     emulated()

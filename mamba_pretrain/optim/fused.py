@@ -1,7 +1,8 @@
-"""One step of torch's fused AdamW with clipping inside: the gradients' factor is applied by the kernel that reads them anyway.
+"""One step of a fused ``torch.optim.AdamW`` with clipping inside: the gradients' factor is applied by the kernel that reads them anyway.
 
-Gradients are divided as torch.amp.GradScaler has it done, so clipping needs no pass over them. Sharded parameters are updated by their local parts:
-the update is element by element, and DTensor's dispatcher takes longer for the lists of all parameters than the kernels for a model's shard.
+On a GPU the kernel is our own (``cuda_adamw``), elsewhere torch's, which divides gradients as torch.amp.GradScaler has it done. Sharded parameters
+are updated by their local parts: the update is element by element, and DTensor's dispatcher takes longer for the lists of all parameters than the
+kernels for a model's shard.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+from mamba_pretrain.optim import cuda_adamw
 
 
 def takes_divisor(optimizer: torch.optim.Optimizer) -> bool:
@@ -24,28 +27,41 @@ def takes_divisor(optimizer: torch.optim.Optimizer) -> bool:
 @torch.no_grad()
 def fused_step(optimizer: torch.optim.Optimizer, divisor: Tensor) -> None:
     """Updates parameters and state of a fused ``torch.optim.AdamW`` with gradients divided by ``divisor`` (0-d fp32, on their device)."""
-    for group in optimizer.param_groups:
+    for number, group in enumerate(optimizer.param_groups):
         lists: list[list[Any]] = [[] for _ in range(6)]  # parameters, gradients, both moments, none of the largest second moments, steps
         cast(Any, optimizer)._init_group(group, *lists)
-        beta1, beta2 = group["betas"]
-        parameters, gradients, first, second, largest, steps = map(local_parts, lists)
-        adamw(
-            parameters,
-            gradients,
-            first,
-            second,
-            largest,
-            steps,
-            fused=True,
-            grad_scale=divisor,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        parameters, gradients, first, second, _, steps = map(local_parts, lists)
+        if not parameters:
+            continue
+        ours = (parameters, gradients, first, second, steps)
+        if cuda_adamw.unsupported(ours) is None:
+            torch._foreach_add_(steps, 1.0)
+            cuda_adamw.step(optimizer, number, ours, divisor, group)
+        else:
+            _torch_step(ours, divisor, group)
+
+
+def _torch_step(lists: cuda_adamw.Lists, divisor: Tensor, group: dict[str, Any]) -> None:
+    """torch's own kernels."""
+    parameters, gradients, first, second, steps = lists
+    beta1, beta2 = group["betas"]
+    adamw(
+        parameters,
+        gradients,
+        first,
+        second,
+        [],
+        steps,
+        fused=True,
+        grad_scale=divisor,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
 
 
 def local_parts(tensors: list[Any]) -> list[Tensor]:

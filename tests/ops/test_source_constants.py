@@ -9,6 +9,7 @@ import pytest
 
 from mamba_pretrain import ops
 from mamba_pretrain.ops import c_conv, c_norm, c_scan, c_ssd, cc, cuda_conv_kernels, cuda_scan_kernels
+from mamba_pretrain.optim import cuda_adamw
 
 FOLDER = Path(ops.__file__).parent
 
@@ -20,7 +21,7 @@ def constants(*files: str) -> dict[str, int]:
         for line in (FOLDER / file).read_text().splitlines():
             if re.match(r"enum \{|constexpr int ", line):
                 for name, value in re.findall(r"\b([A-Z_]+) = ([^,;}]+)", line):
-                    if re.fullmatch(r"[A-Z_\d\s*/+]+", value) and all(word in found for word in re.findall(r"[A-Z_]+", value)):
+                    if re.fullmatch(r"[A-Z_\d\s*/+<]+", value) and all(word in found for word in re.findall(r"[A-Z_]+", value)):
                         found[name] = eval(value.replace("/", "//"), {}, found)
     return found
 
@@ -38,6 +39,8 @@ def constants(*files: str) -> dict[str, int]:
         (("c_src/rms_norm.c",), "ROWS", c_norm.TASK_ROWS),
         (("cuda_src/scan.cuh",), "TILE", cuda_scan_kernels.TILE),
         (("cuda_src/conv_reduce.cu",), "WARPS_A_BLOCK", cuda_conv_kernels.REDUCE_BLOCK // 32),
+        (("cuda_src/adamw.cu",), "THREADS", cuda_adamw.THREADS),
+        (("cuda_src/adamw.cu",), "CHUNK", cuda_adamw.CHUNK),
     ],
 )
 def test_python_and_the_source_agree(files, name, python):

@@ -63,3 +63,27 @@ def test_other_optimizers_are_left_alone():
     parameters = [("layers.0.weight", nn.Parameter(torch.randn(4, 4)))], [("norm.weight", nn.Parameter(torch.randn(4)))]
     assert not takes_divisor(MuonWithAdamW(OptimConfig(name="muon"), *parameters))
     assert not takes_divisor(torch.optim.Adam(two_groups()[0], fused=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("divisor", [1.0, 1.7])
+def test_the_kernel_of_our_own_does_what_torchs_does(divisor, monkeypatch):
+    """Parameters and moments over three steps, of tensors that lie on and off 16 bytes."""
+    from mamba_pretrain.optim import cuda_adamw
+
+    def train() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(size + shift, device="cuda")[shift:]) for size, shift in ((70_001, 0), (70_001, 1), (3, 0))]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, fused=True)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            fused_step(optimizer, torch.tensor(divisor, device="cuda"))
+        return [*parameters, *(optimizer.state[p][name] for p in parameters for name in ("exp_avg", "exp_avg_sq", "step"))]
+
+    found, again = train(), train()
+    assert len(cuda_adamw._tables) > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    monkeypatch.setattr(cuda_adamw, "unsupported", lambda lists: "asked to be left out")
+    for a, b in zip(found, train(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

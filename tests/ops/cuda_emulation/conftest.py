@@ -29,6 +29,7 @@ PARAMS = {
     "conv_forward": "ConvParams",
     "conv_backward": "ConvParams",
     "conv_reduce": "ConvReduceParams",
+    "adamw": "AdamwParams",
 }
 
 

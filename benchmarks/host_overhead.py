@@ -53,7 +53,7 @@ SERVING = {
     "linear_cross_entropy": "triton",
 }
 TRITON = {
-    "triton_norm_kernels": ("rms_forward", "rms_backward", "gated_forward", "gated_backward"),
+    "triton_norm_kernels": ("rms_forward", "rms_backward", "gated_forward", "gated_backward", "sum_parts"),
     "triton_ssd_kernels": ("ssd_prepare", "ssd_forward", "ssd_states", "ssd_inside", "ssd_edges", "ssd_gather", "ssd_finish"),
     "triton_cross_entropy_kernels": ("softmax_gradient",),
 }

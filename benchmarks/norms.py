@@ -1,7 +1,7 @@
 """The Triton norms against mamba_ssm's, forward and backward, in one run.
 
     python benchmarks/norms.py              # measures and records; needs a GPU
-    python benchmarks/norms.py --variants   # times other ways to run the backward passes of two shapes, or of those named
+    python benchmarks/norms.py --variants   # times other ways to run the kernels of four shapes, or of those named, in under a minute
     python benchmarks/norms.py --check      # exit code 1 under a bar; without a GPU reads the newest record
 
 bf16 activations, fp32 residual and weight; medians of CUDA graphs' replays, autograd wrappers on both sides. ``floor``: the bytes that must be read
@@ -11,7 +11,7 @@ and written, at the rate of a copy. Errors are those of ours against the fp32 re
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +26,7 @@ from timing import both_passes_ms, replayed_ms
 
 from mamba_pretrain.ops import registry, triton_norm
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
+from mamba_pretrain.ops.triton_norm import Tuning
 
 BANDWIDTH = 3.02e9  # bytes a millisecond, read and written, of a device copy on an H100
 SHAPES = {
@@ -38,6 +39,28 @@ SHAPES = {
 }
 # Bytes an element: x, residual, y, new residual; dy, d(new residual), new residual, dx, d(residual). And x, z, y; dy, x, z, dx, dz.
 TRAFFIC = {"rms_norm": (12, 16), "gated_rms_norm": (6, 10)}
+# Ways to run a kernel besides the usual one: rows, stages, warps of a multiprocessor, channels and registers of a thread. With 1 stage and a
+# resident warp for every row, a program has one row.
+ONE_ROW_EACH = 1 << 30
+VARIANTS = {
+    "RMS_BACKWARD": (Tuning(1, 4, 32, 4), Tuning(1, 3, 48, 4, 40), Tuning(1, 4, 48, 4, 40)),
+    "GATED_FORWARD": (
+        Tuning(1, 1, ONE_ROW_EACH, 4),
+        Tuning(1, 1, ONE_ROW_EACH, 16),
+        Tuning(1, 1, ONE_ROW_EACH, 8),
+        Tuning(1, 4, 32, 16, 64),
+        Tuning(1, 3, 48, 8, 40),
+    ),
+    "GATED_BACKWARD": (
+        Tuning(1, 3, 16, 16, 128),
+        Tuning(1, 2, 16, 16, 128),
+        Tuning(1, 3, 32, 8, 64),
+        Tuning(1, 4, 32, 8, 64),
+        Tuning(1, 4, 32, 4),
+    ),
+}
+VARIED = ("gated_rms_norm 1.3b", "gated_rms_norm 370m", "rms_norm 1.4b", "rms_norm 370m")
+SUMS = ((264, 2048), (264, 4096), (528, 2048), (528, 1024))  # parts of a weight's gradient
 FURTHEST_FROM_FLOOR = 1.35
 LARGEST_ERROR = 6e-3
 
@@ -111,30 +134,46 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def variants(names: list[str]) -> None:
-    """Backward passes run in other ways, the fastest last; ``Tuning`` says what is varied."""
-    usual = triton_norm.TUNING
+    """Kernels run in other ways, the fastest last; ``triton_norm.Tuning`` says what is varied."""
     for name in names:
-        floor = SHAPES[name][0] * SHAPES[name][1] * SHAPES[name][2] * TRAFFIC[name.split()[0]][1] / BANDWIDTH
-        print(f"{name}: floor {floor:.3f} ms", flush=True)
         forward, both = calls(name, "triton")
-        alone, found = replayed_ms(forward, 50), []
-        for rows, stages, resident, warp_channels in itertools.product((1, 2), (1, 2, 3), (32, 64), (128, 256)):
-            triton_norm.TUNING = triton_norm.Tuning(rows, stages, resident, warp_channels)
-            found.append((replayed_ms(both, 50) - alone, str(triton_norm.TUNING)))
-        for milliseconds, tuning in sorted(found, reverse=True):
-            print(f"    {milliseconds:.3f} ms {tuning}{' as usual' if tuning == str(usual) else ''}", flush=True)
-    triton_norm.TUNING = usual
+        gated, traffic = name.startswith("gated"), TRAFFIC[name.split()[0]]
+        if gated:
+            compare_tunings(name, "GATED_FORWARD", traffic[0], forward)
+        compare_tunings(name, "GATED_BACKWARD" if gated else "RMS_BACKWARD", traffic[1], both, replayed_ms(forward, 30))
+    for parts, n in SUMS:
+        values, weight = torch.randn(parts, n, device="cuda"), torch.empty(n, device="cuda")
+        runs = (functools.partial(triton_norm._sum_parts, values, weight), functools.partial(values.sum, 0))
+        ours, torchs = (1e3 * replayed_ms(run, 10) for run in runs)
+        print(f"sum of {parts} parts of {n}: {ours:.1f} us, torch's {torchs:.1f} us", flush=True)
+
+
+def compare_tunings(name: str, tuned: str, traffic: int, run: Callable[[], Any], besides: float = 0.0) -> None:
+    """Prints the milliseconds of ``run``, less those of what it runs besides, under every tuning of one kernel."""
+    batch, length, channels = SHAPES[name]
+    floor, usual, found = batch * length * channels * traffic / BANDWIDTH, getattr(triton_norm, tuned), []
+    print(f"{name} {tuned}: floor {floor:.3f} ms", flush=True)
+    for tuning in (usual, *VARIANTS[tuned]):
+        setattr(triton_norm, tuned, tuning)
+        try:
+            found.append((replayed_ms(run, 30) - besides, f"{tuning}{' as usual' if tuning is usual else ''}"))
+        except RuntimeError as refused:
+            print(f"    {tuning}: {' '.join(str(refused).split())[:200]}", flush=True)
+        finally:
+            setattr(triton_norm, tuned, usual)
+    for milliseconds, words in sorted(found, reverse=True):
+        print(f"    {milliseconds:.3f} ms, {milliseconds / floor:.2f} times the floor: {words}", flush=True)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit 1 under a bar; without a GPU reads the newest record")
-    parser.add_argument("--variants", nargs="*", metavar="SHAPE", help="times other ways to run the backward passes; needs a GPU")
+    parser.add_argument("--variants", nargs="*", metavar="SHAPE", help="times other ways to run the kernels; needs a GPU")
     arguments = parser.parse_args()
     if arguments.variants is not None:
         require_gpus(parser)
-        variants(arguments.variants or ["rms_norm 1.4b", "gated_rms_norm 1.3b"])
+        variants(arguments.variants or list(VARIED))
         return
     rows = rows_of("norms", lambda: (measure_one(name) for name in SHAPES))
     show(rows)

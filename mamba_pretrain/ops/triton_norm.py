@@ -49,25 +49,33 @@ def _rows(t: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-# A thread has 4 neighbouring channels: with 8, Triton lays fp32 and 16-bit rows out differently and brings them together through shared memory.
-WARP_CHANNELS = 128
-
-
 @dataclass(frozen=True)
 class Tuning:
-    """How a backward pass runs: rows that a program loads at once, stages of its loop (with the memory that what is on its way may take), and
-    warps that a multiprocessor should hold."""
+    """How a kernel that walks over rows runs: rows that a program loads at once, stages of its loop (as far as memory for what is on its way goes),
+    warps that a multiprocessor should hold, channels of a thread, and registers that a thread may have (None: as many as its warps leave)."""
 
     rows: int
     stages: int
     resident: int
-    warp_channels: int = WARP_CHANNELS
+    channels: int
+    registers: int | None = None
 
 
-TUNING = Tuning(rows=1, stages=3, resident=32)
-SHARED_BYTES = (
-    64 * 1024
-)  # for what is on its way: with what Triton takes besides, within the 99 KiB of every GPU from compute capability 8.0 on
+# With 8 or more channels a thread, Triton lays fp32 and 16-bit rows out differently and brings them together through shared memory. So a thread has 4
+# where a loop loads fp32 (rms: the sum and its gradient). Where a loop loads 16 bits alone it has 16, in two accesses of 16 bytes: addresses, waits
+# and the sum along the row are then spread over more channels. Resident warps times 32 times registers is the register file: 8 warps hold a row of
+# 4096 channels backward, and two such programs a multiprocessor, one of which computes while the other waits at a barrier.
+RMS_CHANNELS = 4
+RMS_BACKWARD = Tuning(rows=1, stages=3, resident=32, channels=RMS_CHANNELS)
+GATED_FORWARD = Tuning(rows=1, stages=3, resident=32, channels=16, registers=64)
+GATED_BACKWARD = Tuning(rows=1, stages=4, resident=16, channels=16, registers=128)
+
+# For what is on its way: with what Triton takes besides, within the 99 KiB of every GPU from compute capability 8.0 on.
+SHARED_BYTES = 80 * 1024
+REGISTERS = 64 * 1024  # of a multiprocessor, and the most that a program may have
+
+# Of the sum of parts: 64 bytes of a part in a row of 4 threads, and enough programs for the device from 2048 channels on.
+SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 256, 16, 8
 
 
 def _block(size: int) -> int:
@@ -75,17 +83,41 @@ def _block(size: int) -> int:
 
 
 def _warps(size: int, channels: int) -> int:
-    return min(32, max(1, _block(size) // channels))
+    return min(32, max(1, _block(size) // (32 * channels)))
 
 
 @functools.cache
-def _backward_launch(tuning: Tuning, rows: int, size: int, groups: int, device: torch.device) -> tuple[int, tuple[int, int, int], int]:
-    """Programs a group, enough to fill the device, each with rows to walk over; their ROWS, STAGES and BLOCK; and their warps."""
-    block, warps = _block(size), _warps(size, tuning.warp_channels)
-    ahead = SHARED_BYTES // (10 * block * tuning.rows)  # the gradient of y in 16 bits, the sum and its gradient in fp32
+def _walk(
+    tuning: Tuning, rows: int, size: int, groups: int, element_bytes: int, device: torch.device
+) -> tuple[int, tuple[int, int, int], dict[str, int]]:
+    """Programs a group, enough to fill the device, each with rows to walk over; their ROWS, STAGES and BLOCK; and how they are compiled.
+
+    ``element_bytes``: what the loop loads of a channel.
+    """
+    block, warps = _block(size), _warps(size, tuning.channels)
+    ahead = SHARED_BYTES // (element_bytes * block * tuning.rows)
     cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     programs = max(1, min(-(-rows // tuning.rows), -(-max(1, tuning.resident // warps) * cores // groups)))
-    return programs, (tuning.rows, min(tuning.stages, 1 + ahead), block), warps
+    options = {"num_warps": warps}
+    if tuning.registers is not None:
+        options["maxnreg"] = min(tuning.registers, REGISTERS // (32 * warps))
+    return programs, (tuning.rows, min(tuning.stages, 1 + ahead), block), options
+
+
+def _element_bytes(*tensors: Tensor | None) -> int:
+    return sum(t.element_size() for t in tensors if t is not None)
+
+
+def _sum_parts(parts: Tensor, weight: Tensor) -> Tensor:
+    """The sum over the first dimension of fp32 (parts, n), in the dtype and shape of ``weight``."""
+    from mamba_pretrain.ops import triton_norm_kernels
+
+    total, n = weight.new_empty(weight.shape), parts.shape[1]
+    launch(
+        triton_norm_kernels.sum_parts, (-(-n // SUM_COLUMNS), 1, 1),
+        parts, total, len(parts), n, SUM_ROWS, SUM_COLUMNS, num_warps=SUM_WARPS,
+    )  # fmt: skip
+    return total
 
 
 @operator("triton_rms_norm_forward")
@@ -99,7 +131,7 @@ def rms_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, 
         launch(
             triton_norm_kernels.rms_forward, (len(x), 1, 1),
             x, residual, weight.contiguous(), y, new_residual, scale, x.stride(0), 0 if residual is None else residual.stride(0), n, eps,
-            residual is not None, _block(n), num_warps=_warps(n, WARP_CHANNELS),
+            residual is not None, _block(n), num_warps=_warps(n, RMS_CHANNELS),
         )  # fmt: skip
     return y, new_residual, scale
 
@@ -118,15 +150,16 @@ def rms_backward(
 
     dx, dresidual = _rms_gradients(total, x_dtype, has_residual)
     rows, n = _rows(total), total.shape[-1]
-    programs, options, warps = _backward_launch(TUNING, len(rows), n, 1, dx.device)
+    programs, constants, options = _walk(RMS_BACKWARD, len(rows), n, 1, _element_bytes(dy, dsum, rows), dx.device)
     parts = dx.new_empty((programs, n), dtype=torch.float32)
     with on_device_of(dx):
         launch(
             triton_norm_kernels.rms_backward, (programs, 1, 1),
             dy, dsum, rows, weight.contiguous(), scale, dx, dresidual, parts, rows.stride(0), len(rows), n,
-            dsum is not None, dresidual.numel() > 0, *options, num_warps=warps,
+            dsum is not None, dresidual.numel() > 0, *constants, **options,
         )  # fmt: skip
-    return dx, dresidual, parts.sum(0).to(weight.dtype)
+        dweight = _sum_parts(parts, weight)
+    return dx, dresidual, dweight
 
 
 def _rms_gradients(total: Tensor, x_dtype: torch.dtype, has_residual: bool) -> tuple[Tensor, Tensor]:
@@ -142,10 +175,11 @@ def gated_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float, size: int, d
 
     y, scale = _gated_outputs(x, size, dtype)
     x, z, n = _rows(x), _rows(z), x.shape[-1]
+    programs, constants, options = _walk(GATED_FORWARD, len(x), size, n // size, _element_bytes(x, z), x.device)
     with on_device_of(x):
         launch(
-            triton_norm_kernels.gated_forward, (len(x), n // size, 1),
-            x, z, weight.contiguous(), y, scale, x.stride(0), z.stride(0), n, size, eps, _block(size), num_warps=_warps(size, WARP_CHANNELS),
+            triton_norm_kernels.gated_forward, (programs, n // size, 1),
+            x, z, weight.contiguous(), y, scale, x.stride(0), z.stride(0), len(x), n, size, eps, *constants, **options,
         )  # fmt: skip
     return y, scale
 
@@ -157,18 +191,24 @@ def _gated_outputs(x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Te
 @operator("triton_gated_rms_norm_backward")
 def gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, scale: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z and weight."""
+    dx, dz = x.new_empty(x.shape), z.new_empty(z.shape)
+    return dx, dz, _gated_backward_into(dx, dz, dy, x, z, weight, scale, size)
+
+
+def _gated_backward_into(dx: Tensor, dz: Tensor, dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, scale: Tensor, size: int) -> Tensor:
+    """Writes the gradients of x (contiguous) and z (evenly spaced rows), and returns that of weight."""
     from mamba_pretrain.ops import triton_norm_kernels
 
-    dx, dz = x.new_empty(x.shape), z.new_empty(z.shape)
     x, z, n = _rows(x), _rows(z), x.shape[-1]
-    programs, options, warps = _backward_launch(TUNING, len(x), size, n // size, dx.device)
+    programs, constants, options = _walk(GATED_BACKWARD, len(x), size, n // size, _element_bytes(dy, x, z), dx.device)
     parts = dx.new_empty((programs, n), dtype=torch.float32)
     with on_device_of(dx):
         launch(
             triton_norm_kernels.gated_backward, (programs, n // size, 1),
-            dy, x, z, weight.contiguous(), scale, dx, dz, parts, x.stride(0), z.stride(0), len(x), n, size, *options, num_warps=warps,
+            dy, x, z, weight.contiguous(), scale, dx, dz, parts, x.stride(0), z.stride(0), dz.view(-1, n).stride(0), len(x), n, size,
+            *constants, **options,
         )  # fmt: skip
-    return dx, dz, parts.sum(0).to(weight.dtype)
+        return _sum_parts(parts, weight)
 
 
 # -- shapes for tracing, and gradients ------------------------------------------------------------------------------------------------------

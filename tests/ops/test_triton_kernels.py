@@ -60,6 +60,39 @@ def check_all(device: str, sizes: tuple[int, ...]) -> None:
         check("gated_rms_norm", lambda t, w, n=n: gated_rms_norm(t[..., : 3 * n], t[..., 3 * n :], w, 1e-5, n), [groups, weight])
 
 
+def check_gated_parts(device: str, shapes: tuple[tuple[int, int, int], ...]) -> None:
+    """A gradient of z that is part of a wider tensor, of which the rest stays as it was; and zeros where the gate is shut."""
+    for dtype, (rows, n, size) in itertools.product(DTYPES, shapes):
+        torch.manual_seed(0)
+        dy, x, z = torch.randn(3, rows, n).to(device, dtype)
+        z[:, 0], z[:, -1] = -200, 200
+        weight = torch.randn(n).to(device)
+        _, scale = triton_norm.gated_forward(x, z, weight, 1e-5, size, dtype)
+        dx, dz, dweight = triton_norm.gated_backward(dy, x, z, weight, scale, size)
+        assert all(bool(t.isfinite().all()) for t in (dx, dz, dweight))
+        assert not bool(dx[:, 0].any() or dz[:, 0].any())
+        wider, other_dx = torch.full((rows, 2 * n + 8), 7.0).to(device, dtype), torch.empty_like(dx)
+        part = wider[:, n + 3 : 2 * n + 3]
+        other_dweight = triton_norm._gated_backward_into(other_dx, part, dy, x, z, weight, scale, size)
+        assert torch.equal(part, dz)
+        assert torch.equal(other_dx, dx)
+        assert torch.equal(other_dweight, dweight)
+        assert bool((wider[:, : n + 3] == 7).all())
+        assert bool((wider[:, 2 * n + 3 :] == 7).all())
+
+
+def check_sum_of_parts(device: str, shapes: tuple[tuple[int, int], ...]) -> None:
+    for dtype, (parts, n) in itertools.product(DTYPES, shapes):
+        torch.manual_seed(0)
+        values = torch.randn(parts, n).to(device)
+        found = triton_norm._sum_parts(values, torch.empty(n, device=device, dtype=dtype))
+        expected = values.double().sum(0)
+        tolerance = 1e-6 if dtype == torch.float32 else 2**-7  # of bf16's last digit: the interpreter does not round to the nearest
+        assert found.dtype == dtype
+        assert found.shape == (n,)
+        assert bool(((found - expected).abs() <= tolerance * (expected.abs() + parts**0.5)).all())
+
+
 def check_cross_entropy(device: str, sizes: tuple[int, ...]) -> None:
     """Loss and gradients, with padding of the vocabulary and ignored labels, in chunks; and the loss alone."""
     for dtype, rows in itertools.product(DTYPES, sizes):
@@ -127,8 +160,12 @@ def test_in_the_interpreter(monkeypatch):
     monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 1)
     monkeypatch.setattr(cross_entropy, "MIN_ROWS", 4)
     check_all("cpu", (24, 100))
-    monkeypatch.setattr(triton_norm, "TUNING", triton_norm.Tuning(rows=4, stages=2, resident=32))
+    check_gated_parts("cpu", ((2, 24, 8), (65, 100, 100), (300, 48, 16)))
+    check_sum_of_parts("cpu", ((1, 1), (3, 100), (264, 24), (600, 33)))
+    for name in ("RMS_BACKWARD", "GATED_FORWARD", "GATED_BACKWARD"):
+        monkeypatch.setattr(triton_norm, name, triton_norm.Tuning(rows=4, stages=2, resident=32, channels=4))
     check_all("cpu", (24,))
+    check_gated_parts("cpu", ((65, 24, 8),))
     check_cross_entropy("cpu", (3, 40, 5000))
     check_steps("cpu", (1, 32))
 
@@ -191,7 +228,9 @@ def test_another_kind_is_compiled_anew(arguments, warps):
 
 @pytest.mark.gpu
 def test_on_gpu():
-    check_all("cuda", (1, 24, 100, 2048, 2560))
+    check_all("cuda", (1, 24, 100, 2048, 2560, 4096))
+    check_gated_parts("cuda", ((65, 24, 8), (300, 100, 100), (777, 4096, 4096)))
+    check_sum_of_parts("cuda", ((1, 1), (3, 100), (264, 2048), (600, 33)))
     check_cross_entropy("cuda", (3, 40, 5000, 50280))
     check_steps("cuda", (1, 9, 34, 64))
 

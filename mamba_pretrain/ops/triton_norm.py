@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mamba_pretrain.ops import registry
+from mamba_pretrain.ops import beside, registry
 from mamba_pretrain.ops.common import triton_unsupported
 from mamba_pretrain.ops.kernel_arguments import on_device_of
 from mamba_pretrain.ops.operator import operator
@@ -188,17 +188,15 @@ def _gated_outputs(x: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Te
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], x.shape[-1] // size), dtype=torch.float32)
 
 
-@operator("triton_gated_rms_norm_backward")
-def gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, scale: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, z and weight."""
-    dx, dz = x.new_empty(x.shape), z.new_empty(z.shape)
-    return dx, dz, _gated_backward_into(dx, dz, dy, x, z, weight, scale, size)
-
-
-def _gated_backward_into(dx: Tensor, dz: Tensor, dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, scale: Tensor, size: int) -> Tensor:
-    """Writes the gradients of x (contiguous) and z (evenly spaced rows), and returns that of weight."""
+@operator(
+    "triton_gated_rms_norm_backward",
+    schema="(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor scale, int size) -> (Tensor, Tensor, Tensor)",
+)
+def gated_backward(dy, x, z, weight, scale, size, gradient=beside.alone):  # type: ignore[no-untyped-def]
+    """Gradients of x, z and weight. ``gradient``: where that of z goes."""
     from mamba_pretrain.ops import triton_norm_kernels
 
+    dx, dz = x.new_empty(x.shape), gradient(z)
     x, z, n = _rows(x), _rows(z), x.shape[-1]
     programs, constants, options = _walk(GATED_BACKWARD, len(x), size, n // size, _element_bytes(dy, x, z), dx.device)
     parts = dx.new_empty((programs, n), dtype=torch.float32)
@@ -208,7 +206,7 @@ def _gated_backward_into(dx: Tensor, dz: Tensor, dy: Tensor, x: Tensor, z: Tenso
             dy, x, z, weight.contiguous(), scale, dx, dz, parts, x.stride(0), z.stride(0), dz.view(-1, n).stride(0), len(x), n, size,
             *constants, **options,
         )  # fmt: skip
-        return _sum_parts(parts, weight)
+        return dx, dz, _sum_parts(parts, weight)
 
 
 # -- shapes for tracing, and gradients ------------------------------------------------------------------------------------------------------
@@ -263,7 +261,7 @@ def _setup_gated(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _gated_gradient(ctx, dy, _):  # type: ignore[no-untyped-def]
-    return *gated_backward(dy.contiguous(), *ctx.saved_tensors, ctx.size), None, None, None
+    return *gated_backward(dy.contiguous(), *ctx.saved_tensors, ctx.size, gradient=beside.gradient_of), None, None, None
 
 
 rms_forward.register_autograd(_rms_gradient, setup_context=_setup_rms)

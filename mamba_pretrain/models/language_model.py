@@ -53,8 +53,12 @@ class LanguageModel(nn.Module):
         for i, block in enumerate(self.layers):
             hidden, residual = block(hidden, residual, boundaries, None if state is None else state[i])
         hidden, _ = self.norm_f(hidden, residual)
-        head = self.embedding if self.config.tie_word_embeddings else self.lm_head
-        return head(hidden[:, -1:] if only_last else hidden, labels)
+        return self.head(hidden[:, -1:] if only_last else hidden, labels)
+
+    @property
+    def head(self) -> TokenTable:
+        """What turns hidden states into logits or losses; the embedding, where weights are tied."""
+        return self.embedding if self.config.tie_word_embeddings else self.lm_head
 
     def blocks(self) -> Iterator[Block]:
         """The blocks, typed."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba_pretrain.ops import registry
+from mamba_pretrain.ops import registry, weight_copy
 from mamba_pretrain.ops.common import triton_unsupported, without_autocast
 from mamba_pretrain.ops.kernel_arguments import on_device_of
 from mamba_pretrain.ops.matmul import add_matmul, matmul
@@ -104,7 +104,7 @@ def loss_only(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     losses_of = _fused_losses if fused else _losses
     with without_autocast(hidden):
-        cast = weight.to(dtype)
+        cast = weight_copy.cast(weight, dtype)
         for rows in _chunks(hidden, weight):
             total += losses_of(F.linear(hidden[rows].to(dtype), cast), targets[rows], ignore_index, valid, gradient=False)[0].sum()
     return total
@@ -123,7 +123,7 @@ def loss_and_gradients(
         dweight.zero_()
     losses_of = _fused_losses if fused else _losses
     with without_autocast(hidden):
-        cast = weight.to(dtype)
+        cast = weight_copy.cast(weight, dtype)
         for rows in chunks:
             h = hidden[rows].to(dtype)
             losses, dlogits = losses_of(F.linear(h, cast), targets[rows], ignore_index, valid, gradient=True)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba_pretrain.ops import beside, fp8
+from mamba_pretrain.ops import beside, fp8, weight_copy
 from mamba_pretrain.ops.matmul import add_matmul, matmul
 
 
@@ -90,7 +90,7 @@ class _Projection(torch.autograd.Function):
         else:
             # Without autocast nothing is cast, so that operands of different dtypes are the same error as in torch.nn.Linear.
             if dtype is not None:
-                rows, w, b = rows.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
+                rows, w, b = rows.to(dtype), weight_copy.cast(w, dtype), None if b is None else b.to(dtype)
             y = torch.mm(rows, w.t()) if b is None else torch.addmm(b, rows, w.t())
             # A weight that needs no cast is saved as the parameter it is: an engine that frees and gathers its storage finds it again.
             ctx.save_for_backward(rows if needs_weight else None, w if needs_x else None)

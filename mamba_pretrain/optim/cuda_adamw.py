@@ -18,12 +18,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mamba_pretrain.ops import nvrtc
+from mamba_pretrain.ops import nvrtc, weight_copy
 from mamba_pretrain.ops.kernel_arguments import fields, on_device_of, struct
 
 log = logging.getLogger(__name__)
 
 THREADS, CHUNK = 256, 1 << 14  # as in adamw.cu
+MACROS = {"SCALAR_TYPE": 1}  # copies are bf16
 AdamwParams = struct(
     "AdamwParams",
     **fields("tensors chunks divisor", ctypes.c_void_p),
@@ -37,7 +38,7 @@ Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tenso
 class _Table:
     """Where a group's tensors lie, for the host to compare and on the device."""
 
-    addresses: list[list[int]]
+    addresses: list[list[int]]  # of parameters, gradients, moments, copies and steps
     sizes: list[int]
     tensors: Tensor
     chunks: Tensor
@@ -62,6 +63,7 @@ def step(optimizer: torch.optim.Optimizer, number: int, lists: Lists, divisor: T
     """Updates parameters and moments of the optimizer's group ``number`` with gradients divided by ``divisor`` (0-d fp32 on their device).
 
     ``options``: the group's, of which ``lr``, ``betas``, ``eps`` and ``weight_decay`` are used. The numbers of steps must be raised already.
+    Copies in bf16 that parameters keep (``ops/weight_copy.py``) stay valid.
     """
     table = _table(optimizer, number, lists)
     (beta1, beta2), lr = options["betas"], float(options["lr"])
@@ -71,24 +73,34 @@ def step(optimizer: torch.optim.Optimizer, number: int, lists: Lists, divisor: T
     if len(table.chunks):
         with on_device_of(divisor):
             _kernel(divisor.get_device())((len(table.chunks), 1, 1), params)
+    parameters, _, *moments, _ = lists
+    weight_copy.written(parameters)
+    torch.autograd.graph.increment_version([t for moment in moments for t in moment])
 
 
 @functools.cache
 def _kernel(device: int) -> nvrtc.Kernel:
     log.info("optimizer: AdamW by a kernel of its own")
-    return nvrtc.kernel("adamw.cu", {"SCALAR_TYPE": 0}, THREADS, device)
+    return nvrtc.kernel("adamw.cu", MACROS, THREADS, device)
 
 
 def _table(optimizer: torch.optim.Optimizer, number: int, lists: Lists) -> _Table:
     """Written anew when any tensor lies elsewhere than at the last step: gradients may, where steps are not replayed."""
     of_group, device = _tables.setdefault(optimizer, {}), lists[0][0].device
-    addresses, sizes = [[t.data_ptr() for t in tensors] for tensors in lists], [t.numel() for t in lists[0]]
+    *to_here, steps = [[t.data_ptr() for t in tensors] for tensors in lists]
+    addresses, sizes = [*to_here, [_copy_of(t) for t in lists[0]], steps], [t.numel() for t in lists[0]]
     known = of_group.get(number)
     if known is None or (known.addresses, known.sizes) != (addresses, sizes):
         rows = torch.tensor(list(zip(*addresses, sizes, strict=True)), dtype=torch.int64)
         chunks = known.chunks if known is not None and known.sizes == sizes else _on_device(_chunks(sizes), device)
         known = of_group[number] = _Table(addresses, sizes, _on_device(rows, device), chunks)
     return known
+
+
+def _copy_of(parameter: Tensor) -> int:
+    """Where its copy lies, if it keeps one that is valid."""
+    copy = weight_copy.valid(parameter)
+    return 0 if copy is None else copy.data_ptr()
 
 
 def _chunks(sizes: Sequence[int]) -> Tensor:

@@ -62,6 +62,7 @@ def _torch_step(lists: cuda_adamw.Lists, divisor: Tensor, group: dict[str, Any])
         eps=group["eps"],
         maximize=False,
     )
+    torch.autograd.graph.increment_version(parameters)  # which torch's kernels leave as they are
 
 
 def local_parts(tensors: list[Any]) -> list[Tensor]:

@@ -14,9 +14,11 @@ from torch.distributed.tensor import DTensor
 from data_tools.errors import UserError
 from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
+from mamba_pretrain.models.modules import PROJECTIONS
+from mamba_pretrain.ops import weight_copy
 from mamba_pretrain.optim.build import Build, set_learning_rate
 from mamba_pretrain.optim.fused import fused_step, local_parts, takes_divisor
-from mamba_pretrain.parallel.config import graphs_unsupported
+from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig, graphs_unsupported
 from mamba_pretrain.parallel.engine import Engine, SkipIf, StepResult
 from mamba_pretrain.parallel.micro_batch_graphs import CudaRecorder, MicroBatchGraphs, Recorder
 from mamba_pretrain.parallel.portable import Reader, Segment, check_moments, check_shapes, pieces
@@ -59,6 +61,9 @@ class TorchEngine(Engine):
         self._shards = None if mesh is None else mesh.get_group("shard")  # the processes that hold one copy together
         self._replicas = Replicas(parameters, self.topology.device) if self.name == "ddp" and self.topology.world_size > 1 else None
         self.optimizer = build_optimizer(self._named)
+        self._copied = cast_weights(model) if keeps_copies(self.parallel, self.precision, self._sharded) else []
+        for parameter in self._copied:
+            weight_copy.keep(parameter)
         self._graphs: MicroBatchGraphs | None = None
         if self.parallel.cuda_graphs != "off" and graphs_unsupported(self.parallel, self.name, self.topology.device.type) is None:
             self.use_graphs(CudaRecorder(self.topology.device))
@@ -85,6 +90,7 @@ class TorchEngine(Engine):
         """See ``Engine.loss``."""
         # A recorded pass of sharded training sums its gradients, whichever it is, and launched ones beside it as well: same numbers, same memory.
         last = last or (self._graphs is not None and self._replicas is None)
+        weight_copy.refresh(self._copied)
         if self._graphs is not None and (loss := self._graphs.loss(batch, last, launch=bool(self.watchers))) is not None:
             return loss
         self._announce(last)
@@ -138,6 +144,8 @@ class TorchEngine(Engine):
                 torch.nn.utils.clip_grads_with_norm_([p for _, p in self._named], max_norm, norm, foreach=True)
                 self.await_copy()
                 self.optimizer.step()
+                # torch's fused optimizers don't raise versions, by which copies of weights are known to be out of date.
+                torch.autograd.graph.increment_version(self._copied)
         self.optimizer.zero_grad(set_to_none=True)
         if self._graphs is not None:
             self._graphs.step_done()
@@ -220,6 +228,18 @@ class TorchEngine(Engine):
             if self.topology.rank == 0:
                 weights[name] = full.detach().cpu()
         return weights
+
+
+def keeps_copies(parallel: ParallelConfig, precision: PrecisionConfig, sharded: bool) -> bool:
+    """Whether weights keep their bf16 copies from step to step. Without recomputation every copy is there until the backward pass anyway; with it
+    copies would be memory that it is meant to save. Sharded training gathers in bf16."""
+    return precision.compute == "bf16" and not sharded and parallel.activation_checkpointing == "none"
+
+
+def cast_weights(model: LanguageModel) -> list[nn.Parameter]:
+    """Weights that matmuls use in autocast's dtype: of projections without FP8, and of the head."""
+    projections = [m for m in model.modules() if isinstance(m, PROJECTIONS) and getattr(m, "recipe", None) is None]
+    return [cast(nn.Parameter, module.weight) for module in [*projections, model.head]]
 
 
 def _assign(name: str, parameter: nn.Parameter, full: Tensor) -> None:

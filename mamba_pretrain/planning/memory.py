@@ -139,13 +139,17 @@ class _Timeline:
         self.compute_bytes, self.fused = BF16 if mixed else FP32, options.fused
         self.costs = [costs[mixer] for mixer in config.layer_mixers]
         self.gathers = split.strategy in ("fsdp2", "hsdp") and split.world > 1
-        if mixed and self.gathers and options.recompute == "none":
-            # Projections keep bf16 copies of their weights, or FP8 ones; FSDP2 frees its gathered ones after the block's forward pass.
+        # One process and DDP keep bf16 copies of projections and head from step to step (``torch_engine.keeps_copies``).
+        whole = split.strategy in ("single", "ddp") or (split.strategy == "fsdp2" and split.world == 1)
+        self.keeps_copies = mixed and whole and options.recompute == "none" and options.fp8 == "off"
+        if mixed and options.recompute == "none" and (self.gathers or self.keeps_copies):
+            # What a block's pass keeps has copies of its weights; FSDP2 frees its gathered ones after the block's forward pass.
             copied = BF16 if options.fp8 == "off" else FP8
             self.costs = [replace(c, saved=max(0.0, c.saved - copied * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
         self.accumulating, self.replayed = accumulating, replayed
         self.base = {
             "weights": FP32 * shape.total * split.parameter_share,
+            "bf16 weights": float(BF16 * shape.total if self.keeps_copies else 0),
             "optimizer": moments_bytes * shape.total * split.optimizer_share,
             "communication": self._communication(),
             # An attention layer's mask (b, 1, l, l) is shared by all of them.
@@ -191,7 +195,7 @@ class _Timeline:
         chunk_rows = min(self.tokens, CHUNK_ELEMENTS["cuda"] // rows)
         hidden = self.compute_bytes * d * self.tokens
         norm = FP32 * d * self.tokens
-        cast = self.compute_bytes * table if self.compute_bytes != FP32 else 0.0
+        cast = self.compute_bytes * table if self.compute_bytes != FP32 and not self.keeps_copies else 0.0
         # The Triton loss turns logits into their gradient in place; the reference holds log-probabilities (fp32) and gradients beside them.
         per_logit = self.compute_bytes if self.fused else 2 * self.compute_bytes + FP32
         forward: dict[str, float] = {"loss": 2 * hidden + FP32 * table + cast + per_logit * chunk_rows * rows}

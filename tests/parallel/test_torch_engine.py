@@ -12,6 +12,9 @@ from mamba_pretrain.checkpoint.config import CheckpointConfig
 from mamba_pretrain.checkpoint.convert import write_weights
 from mamba_pretrain.checkpoint.reading import open_checkpoint
 from mamba_pretrain.checkpoint.store import CheckpointStore
+from mamba_pretrain.ops import weight_copy
+from mamba_pretrain.parallel import torch_engine
+from mamba_pretrain.parallel.config import ParallelConfig, PrecisionConfig
 from mamba_pretrain.parallel.topology import Topology
 from mamba_pretrain.training.step import train_step
 
@@ -138,3 +141,45 @@ def test_the_norm_is_that_before_clipping_and_clipping_works(make, worker):
     clipped = math.sqrt(squares / (1 - engine.optimizer.param_groups[0]["betas"][1]))  # what the first update was made of
     assert float(result.grad_norm) == seen["judged"] > 0.2
     assert clipped == pytest.approx(0.1, rel=1e-4)
+
+
+PLACES = [ALONE, pytest.param(Topology(0, 0, 1, 1, 0, "python", torch.device("cuda")), marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.device.type)
+def test_kept_bf16_weights_follow_steps_and_loads(worker, tmp_path, monkeypatch, place, optimizer):
+    """Losses are those of weights that are cast at every use, through updates, a rollback and evaluations."""
+
+    def losses(folder):
+        engine, _, _ = worker.build(worker.Job("x", "single", "hybrid", "bf16", optim={"name": optimizer}), place)
+        found = [train(engine, worker, step) for step in range(4)]
+        reader = saved(engine, folder, 4)
+        found += [train(engine, worker, step) for step in (4, 5)]
+        engine.load(reader)
+        found += [float(engine.evaluate(worker.my_batches(9, ALONE, 12)[0]))]
+        return [*found, *(train(engine, worker, step) for step in (4, 5))], engine
+
+    kept, engine = losses(tmp_path / "kept")
+    assert len(engine._copied) == len(torch_engine.cast_weights(engine.model)) > 4
+    if place.device.type == "cuda" and optimizer == "adamw":  # where the optimizer's kernel writes them
+        assert all(weight_copy.valid(weight) is not None for weight in engine._copied)
+    assert kept[4:6] == kept[7:]
+    monkeypatch.setattr(torch_engine, "keeps_copies", lambda *_: False)
+    cast, engine = losses(tmp_path / "cast")
+    assert engine._copied == []
+    assert kept == pytest.approx(cast, rel=1e-5 if place.device.type == "cuda" else 0)  # others' attention adds in no fixed order
+
+
+@pytest.mark.parametrize(
+    ("precision", "parallel", "kept"),
+    [
+        ({}, {}, True),
+        ({"compute": "fp32"}, {}, False),
+        ({}, {"activation_checkpointing": "selective"}, False),
+    ],
+)
+def test_weights_are_kept_where_that_costs_no_memory(precision, parallel, kept):
+    configs = ParallelConfig(**parallel), PrecisionConfig(**precision)
+    assert torch_engine.keeps_copies(*configs, sharded=False) == kept
+    assert not torch_engine.keeps_copies(*configs, sharded=True)

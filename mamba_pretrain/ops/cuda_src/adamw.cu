@@ -1,4 +1,5 @@
-// One step of AdamW (arXiv:1711.05101) on any number of tensors, gradients divided by a number on the way: 16 bytes read and 12 written an element.
+// One step of AdamW (arXiv:1711.05101) on any number of tensors, gradients divided by a number on the way: 16 bytes read and 12 written an element,
+// and 2 more where a parameter has a copy of low precision (SCALAR_TYPE) that matmuls use.
 //
 // A block updates CHUNK elements of one tensor. A thread asks for IN_FLIGHT vectors of each of the four tensors before it uses the first: the pass is
 // limited by memory.
@@ -11,6 +12,7 @@ struct AdamwTensor {
     float* parameter;
     const float* gradient;
     float *first, *second;  // moments
+    scalar_t* copy;         // or null
     const float* step;      // how many there have been, this one included
     offset_t count;         // elements of each
 };
@@ -47,10 +49,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) adamw(const __grid_cons
     const int count = int(tensor.count - begin < CHUNK ? tensor.count - begin : CHUNK);
     float *parameter = tensor.parameter + begin, *first = tensor.first + begin, *second = tensor.second + begin;
     const float* gradient = tensor.gradient + begin;
+    scalar_t* copy = tensor.copy == nullptr ? nullptr : tensor.copy + begin;
     const Update update(p, *tensor.step);
 
     const auto addresses = reinterpret_cast<size_t>(parameter) | reinterpret_cast<size_t>(gradient) | reinterpret_cast<size_t>(first) |
-                           reinterpret_cast<size_t>(second);
+                           reinterpret_cast<size_t>(second) | reinterpret_cast<size_t>(copy);
     const int vectors = addresses % 16 == 0 ? count / VECTOR : 0;
     for (int start = threadIdx.x; start < vectors; start += IN_FLIGHT * THREADS) {
         float x[IN_FLIGHT][VECTOR], g[IN_FLIGHT][VECTOR], m[IN_FLIGHT][VECTOR], v[IN_FLIGHT][VECTOR];
@@ -71,8 +74,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) adamw(const __grid_cons
                 store<VECTOR>(parameter + at, x[i]);
                 store<VECTOR>(first + at, m[i]);
                 store<VECTOR>(second + at, v[i]);
+                if (copy != nullptr) store<VECTOR>(copy + at, x[i]);
             }
         }
     }
-    for (int at = vectors * VECTOR + int(threadIdx.x); at < count; at += THREADS) update(parameter[at], gradient[at], first[at], second[at]);
+    for (int at = vectors * VECTOR + int(threadIdx.x); at < count; at += THREADS) {
+        update(parameter[at], gradient[at], first[at], second[at]);
+        if (copy != nullptr) copy[at] = from_float(parameter[at]);
+    }
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mamba_pretrain.ops import nvrtc
+from mamba_pretrain.ops import nvrtc, weight_copy
 from mamba_pretrain.optim import cuda_adamw, fused
 
 SIZES = (1, 3, 4, 1029, cuda_adamw.CHUNK, 2 * cuda_adamw.CHUNK + 5)
@@ -17,7 +17,7 @@ def emulated(emulated_kernels, monkeypatch):
     """The kernel serves tensors on the CPU."""
     monkeypatch.setattr(cuda_adamw, "unsupported", lambda lists: None)
     cuda_adamw._kernel.cache_clear()
-    monkeypatch.setattr(cuda_adamw, "_kernel", lambda device: nvrtc.kernel("adamw.cu", {"SCALAR_TYPE": 0}, cuda_adamw.THREADS, device))
+    monkeypatch.setattr(cuda_adamw, "_kernel", lambda device: nvrtc.kernel("adamw.cu", cuda_adamw.MACROS, cuda_adamw.THREADS, device))
 
 
 def optimizer_of(dtype=torch.float32, shift=0):
@@ -81,3 +81,20 @@ def test_nothing_to_update(emulated):
     parameter = nn.Parameter(torch.empty(0, 5))
     parameter.grad = torch.empty(0, 5)
     fused.fused_step(torch.optim.AdamW([parameter], fused=True), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_copies_are_written_with_their_weights(shift, emulated):
+    parameters, optimizer = optimizer_of(shift=shift)
+    kept, stale, *others = parameters[2:]
+    for parameter in (kept, stale, *others):
+        weight_copy.keep(parameter)
+    weight_copy.refresh([kept, *others])
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape)
+    versions = [parameter._version for parameter in parameters]
+    fused.fused_step(optimizer, torch.tensor(1.0))
+    assert all(parameter._version > version for parameter, version in zip(parameters, versions, strict=True))
+    for parameter in (kept, *others):
+        assert torch.equal(weight_copy.valid(parameter), parameter.bfloat16())
+    assert weight_copy.valid(stale) is None

@@ -1,8 +1,8 @@
 """Copies of fp32 weights in bf16, kept from step to step: a weight is cast once after it has changed, not at every use.
 
-A copy is valid as long as its parameter's version is the one it was made from. Changes in place raise a version, but for those by fused optimizers, for
-which whoever calls them must do it; what writes weights by address (``optim/cuda_adamw.py``) writes the copy as well and says so (``written``). A CUDA
-graph reads copies by address and asks nothing: ``refresh`` them before a replay.
+A copy is valid as long as its parameter's version is the one it was made from. Changes in place raise a version; but fused optimizers' do not, so
+whoever calls one does. What writes weights by address (``optim/cuda_adamw.py``) writes the copy as well and says so (``written``). A CUDA graph reads
+copies by address and asks nothing: ``refresh`` them before a replay.
 """
 
 from __future__ import annotations

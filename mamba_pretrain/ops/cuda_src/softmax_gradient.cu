@@ -140,15 +140,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) softmax_gradient(const __g
     Sum* of_warps = reinterpret_cast<Sum*>(shared + 2 * ROW_BYTES);  // (2, WARPS): one barrier a row is enough, as rows take turns
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     fetch(shared, p, blockIdx.x);
+    long long target = p.targets[blockIdx.x];  // there are at most as many blocks as rows
     int turn = 0;
     for (int number = blockIdx.x; number < p.rows; number += gridDim.x, turn ^= 1) {
         char* row = shared + turn * ROW_BYTES;
         scalar_t* logits = p.logits + number * p.stride;
-        fetch(shared + (turn ^ 1) * ROW_BYTES, p, number + gridDim.x);
-        const long long target = p.targets[number];
+        const int following = number + gridDim.x;
+        fetch(shared + (turn ^ 1) * ROW_BYTES, p, following);
         const bool counts = target != p.ignore_index;
         // Read before the barrier: behind it other warps write over it.
         const float at_target = threadIdx.x == 0 && counts ? to_float(logits[target]) : 0.f;
+        const long long target_of_following = following < p.rows ? p.targets[following] : p.ignore_index;
         wait_copies<1>();
         hide_padding(row, p.valid);
         const Sum mine = of_warp(of_own(row));
@@ -158,6 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) softmax_gradient(const __g
         const float log2_total = fmaf(sum.largest, LOG2E, log2_fast(sum.total));
         if (threadIdx.x == 0) p.losses[number] = counts ? log2_total * LN2 - at_target : 0.f;
         if (GRADIENT) write_gradient(reinterpret_cast<char*>(logits), row, log2_total, int(target), counts ? p.valid : 0);
+        target = target_of_following;
     }
 }
 

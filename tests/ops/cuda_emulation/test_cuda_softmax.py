@@ -116,3 +116,8 @@ def test_logits_that_are_not_finite(run):
 def test_extreme_logits(run):
     logits, targets = draw()
     check(run(1000 * logits, targets, 1089), 1000 * logits, targets, 1089)
+
+
+def test_a_real_vocabulary(run):
+    logits, targets = draw(rows=4, columns=50304, valid=50277)
+    check(run(logits, targets, 50277, warps=kernels.WARPS), logits, targets, 50277)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mamba_pretrain.ops import registry, weight_copy
+from mamba_pretrain.ops import cuda_softmax_kernels, registry, weight_copy
 from mamba_pretrain.ops.common import triton_unsupported, without_autocast
 from mamba_pretrain.ops.kernel_arguments import on_device_of
 from mamba_pretrain.ops.matmul import add_matmul, matmul
@@ -85,11 +85,15 @@ def _losses(logits: Tensor, targets: Tensor, ignore_index: int, valid: int, grad
 
 
 def _fused_losses(logits: Tensor, targets: Tensor, ignore_index: int, valid: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    """The same in one kernel, in place."""
-    from mamba_pretrain.ops import triton_cross_entropy_kernels
-
+    """The same in one kernel, in place: the one that keeps rows in shared memory where they fit, else Triton's, which reads them twice."""
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if cuda_softmax_kernels.serves(logits):
+        with on_device_of(logits):
+            cuda_softmax_kernels.softmax_gradient(logits, targets, losses, ignore_index, valid, gradient)
+        return losses, logits
+    from mamba_pretrain.ops import triton_cross_entropy_kernels
+
     block = min(8192, 1 << (columns - 1).bit_length())
     align = 8 if columns % 8 == logits.stride(0) % 8 == 0 else 1  # padded vocabularies' rows are whole vectors
     with on_device_of(logits):

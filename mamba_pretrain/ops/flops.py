@@ -44,6 +44,7 @@ for _module in (
     "causal_conv1d",
     "cross_entropy",
     "fp8",
+    "matmul",
     "c_scan",
     "c_conv",
     "c_ssd",
@@ -112,3 +113,8 @@ def _(hidden: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 @register_flop_formula(_ops.fp8_matmul)
 def _(a: Any, a_scale: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return linear_flops(a[0], a[1], b[0])
+
+
+@register_flop_formula(_ops.add_few_inner)
+def _(total: Any, a: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return linear_flops(a[0], a[1], total[1])

@@ -38,14 +38,15 @@ def observed(*arguments: Any) -> bool:
 class Operator:
     """The custom operator ``mamba_pretrain::NAME`` of a function on tensors; called like the function, by position.
 
-    Named arguments, which the function has defaults for, are for direct calls: an operator's schema does not have them.
+    Named arguments, which the function has defaults for, are for direct calls: an operator's schema does not have them. A function that writes
+    into arguments names them in ``mutates_args``, returns nothing and has no gradient.
     """
 
     def __init__(self, function: Function, name: str, **options: Any) -> None:
         functools.update_wrapper(self, function)
         self._name = f"mamba_pretrain::{name}"
         self._function = function
-        self._definition = torch.library.custom_op(self._name, function, mutates_args=(), **options)
+        self._definition = torch.library.custom_op(self._name, function, **{"mutates_args": (), **options})
         self._overload = getattr(torch.ops.mamba_pretrain, name).default
         self._differentiable: Function = self._overload  # which says that it has no gradient, should one be asked for
 

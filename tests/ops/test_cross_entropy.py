@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from mamba_pretrain.ops import cross_entropy
+from mamba_pretrain.ops import cross_entropy, cuda_softmax_kernels
 from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
 
 
@@ -136,6 +137,61 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(lambda *t: linear_cross_entropy(*t, labels), backend="aot_eager", fullgraph=True)
     for a, b in zip(torch.autograd.grad(compiled(hidden, weight), [hidden, weight]), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("columns", "stride", "dtype", "served"),
+    [
+        (50304, 50304, torch.bfloat16, True),
+        (50280, 50288, torch.float16, True),
+        (32000, 32000, torch.bfloat16, True),
+        (32000, 32000, torch.float32, False),
+        (16384, 16384, torch.bfloat16, True),
+        (16376, 16376, torch.bfloat16, False),
+        (50277, 50277, torch.bfloat16, False),
+        (50304, 50308, torch.bfloat16, False),
+        (57984, 57984, torch.bfloat16, True),
+        (57992, 57992, torch.bfloat16, False),
+        (128256, 128256, torch.bfloat16, False),
+    ],
+)
+def test_rows_of_which_two_fit_are_kept_in_shared_memory(columns, stride, dtype, served, monkeypatch):
+    class Logits:
+        """A description of logits on a Hopper."""
+
+        device, shape = torch.device("cuda:0"), (4, columns)
+
+        def __init__(self):
+            self.element_size, self.data_ptr, self.get_device = lambda: dtype.itemsize, lambda: 256, lambda: 0
+
+        def stride(self, dimension):
+            return (stride, 1)[dimension]
+
+    monkeypatch.setattr(cuda_softmax_kernels.nvrtc, "unsupported", lambda device: None)
+    properties = SimpleNamespace(shared_memory_per_multiprocessor=228 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    cuda_softmax_kernels.longest_row.cache_clear()
+    assert cuda_softmax_kernels.serves(Logits()) is served
+    cuda_softmax_kernels.longest_row.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [16384, 32000, 50304])
+def test_a_kernel_for_long_rows_on_gpu(columns):
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = (4 * torch.randn(300, columns, device="cuda", generator=generator)).bfloat16()
+    valid = columns - 27
+    targets = torch.randint(0, valid, (300,), device="cuda", generator=generator)
+    targets[::7] = -100
+    expected, exact = cross_entropy._losses(logits.float(), targets, -100, valid, gradient=True)
+    assert cuda_softmax_kernels.serves(logits)
+    runs = [cross_entropy._fused_losses(logits.clone(), targets, -100, valid, gradient=True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    torch.testing.assert_close(runs[0][0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(runs[0][1].float(), exact, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+    losses, left = cross_entropy._fused_losses(logits.clone(), targets, -100, valid, gradient=False)
+    assert torch.equal(losses, runs[0][0])
+    assert torch.equal(left, logits)
 
 
 @pytest.mark.gpu

@@ -39,6 +39,8 @@ USUAL = {
     "CHUNK_STEPS": 64,
     "AHEAD": 4,
     "SILU": 1,
+    "COLUMNS": 50304,
+    "GRADIENT": 1,
 }
 SMALL = "scan_join.cu"
 

@@ -1,4 +1,4 @@
-"""The Triton kernels (norms, cross-entropy, generation) against the reference: under Triton's interpreter on a CPU, and compiled on a GPU."""
+"""The Triton kernels (norms, cross-entropy, sums, generation) against the reference: under Triton's interpreter on a CPU, and compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import sys
 import pytest
 import torch
 
-from mamba_pretrain.ops import cross_entropy, registry, triton_norm
+from mamba_pretrain.ops import cross_entropy, matmul, registry, triton_norm
 from mamba_pretrain.ops.conv_step import conv_step
 from mamba_pretrain.ops.cross_entropy import linear_cross_entropy
+from mamba_pretrain.ops.matmul import add_few_inner
+from mamba_pretrain.ops.projection import project_beside
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
 from mamba_pretrain.ops.selective_step import selective_step
 from mamba_pretrain.ops.ssd_step import ssd_step
@@ -112,6 +114,38 @@ def check_cross_entropy(device: str, sizes: tuple[int, ...]) -> None:
         torch.testing.assert_close(*losses)
 
 
+def check_few_inner(device: str, dtype: torch.dtype, rows: int, shapes: tuple[tuple[int, int], ...]) -> None:
+    """Products added to matrices that are parts of wider ones, of as many inner numbers and columns as ``shapes`` say."""
+    for inner, columns in shapes:
+        torch.manual_seed(0)
+        wide, a, b = torch.randn(rows + 2, columns + 32), torch.randn(rows, inner + 16), torch.randn(inner, columns + 48)
+        wide, a, b = (t.to(device, dtype) for t in (wide, a, b))
+        before, total, a, b = wide.clone(), wide[1:-1, 16 : 16 + columns], a[:, :inner], b[:, 16 : 16 + columns]
+        exact = total.double() + a.double() @ b.double()
+        for _ in range(2):  # a kernel's second launch takes another way than its first
+            wide.copy_(before)
+            add_few_inner(total, a, b)
+            tolerance = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 * 1.01  # one rounding, of fp32 sums
+            torch.testing.assert_close(total.double(), exact, rtol=tolerance, atol=1e-4)
+            total.copy_(before[1:-1, 16 : 16 + columns])
+            assert torch.equal(wide, before), "nothing around it is written"
+
+
+def check_few_inner_compiled(monkeypatch) -> None:
+    """Within a projection's backward pass, compiled and not, against torch's sum."""
+    x, weight = torch.randn(2, 40, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)
+
+    def loss(x, weight):
+        kept, y = project_beside(x, weight)
+        return (2 * kept.sin()).sum() + y.sin().sum()
+
+    expected = torch.autograd.grad(loss(x, weight), [x, weight])
+    monkeypatch.setattr(matmul, "_few_inner", lambda *operands: True)
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        for a, b in zip(torch.autograd.grad(function(x, weight), [x, weight]), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def check_step(op: str, call, inputs: dict[str, torch.Tensor], state: torch.Tensor) -> None:
     """Two tokens: the second result shows what the first left in the state."""
     found = []
@@ -167,6 +201,8 @@ def test_in_the_interpreter(monkeypatch):
     check_all("cpu", (24,))
     check_gated_parts("cpu", ((65, 24, 8),))
     check_cross_entropy("cpu", (3, 40, 5000))
+    check_few_inner("cpu", torch.float32, 300, ((160, 272), (16, 128), (48, 16), (96, 400), (256, 64), (240, 128)))
+    check_few_inner_compiled(monkeypatch)
     check_steps("cpu", (1, 32))
 
 
@@ -231,7 +267,9 @@ def test_on_gpu():
     check_all("cuda", (1, 24, 100, 2048, 2560, 4096))
     check_gated_parts("cuda", ((65, 24, 8), (300, 100, 100), (777, 4096, 4096)))
     check_sum_of_parts("cuda", ((1, 1), (3, 100), (264, 2048), (600, 33)))
-    check_cross_entropy("cuda", (3, 40, 5000, 50280))
+    check_cross_entropy("cuda", (3, 40, 5000, 24000, 50280, 128256))
+    for dtype in (torch.bfloat16, torch.float16):
+        check_few_inner("cuda", dtype, 5000, ((160, 4096), (96, 2048), (16, 128), (48, 16), (256, 1040), (240, 400)))
     check_steps("cuda", (1, 9, 34, 64))
 
 

@@ -30,6 +30,7 @@ PARAMS = {
     "conv_backward": "ConvParams",
     "conv_reduce": "ConvReduceParams",
     "adamw": "AdamwParams",
+    "softmax_gradient": "SoftmaxParams",
 }
 
 

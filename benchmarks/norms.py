@@ -26,7 +26,7 @@ from timing import both_passes_ms, replayed_ms
 
 from mamba_pretrain.ops import registry, triton_norm
 from mamba_pretrain.ops.rms_norm import gated_rms_norm, rms_norm
-from mamba_pretrain.ops.triton_norm import Tuning
+from mamba_pretrain.ops.triton_norm import EVERY_ROW, Tuning
 
 BANDWIDTH = 3.02e9  # bytes a millisecond, read and written, of a device copy on an H100
 SHAPES = {
@@ -39,23 +39,21 @@ SHAPES = {
 }
 # Bytes an element: x, residual, y, new residual; dy, d(new residual), new residual, dx, d(residual). And x, z, y; dy, x, z, dx, dz.
 TRAFFIC = {"rms_norm": (12, 16), "gated_rms_norm": (6, 10)}
-# Ways to run a kernel besides the usual one: rows, stages, warps of a multiprocessor, channels and registers of a thread. With 1 stage and a
-# resident warp for every row, a program has one row.
-ONE_ROW_EACH = 1 << 30
+# Ways to run a kernel besides the usual one: rows, stages, warps of a multiprocessor, channels and registers of a thread.
 VARIANTS = {
     "RMS_BACKWARD": (Tuning(1, 4, 32, 4), Tuning(1, 3, 48, 4, 40), Tuning(1, 4, 48, 4, 40)),
     "GATED_FORWARD": (
-        Tuning(1, 1, ONE_ROW_EACH, 4),
-        Tuning(1, 1, ONE_ROW_EACH, 16),
-        Tuning(1, 1, ONE_ROW_EACH, 8),
+        Tuning(1, 3, 32, 16, 64),
+        Tuning(1, 1, EVERY_ROW, 4),
+        Tuning(1, 1, EVERY_ROW, 16),
         Tuning(1, 4, 32, 16, 64),
         Tuning(1, 3, 48, 8, 40),
     ),
     "GATED_BACKWARD": (
+        Tuning(1, 4, 16, 16, 128),
         Tuning(1, 3, 16, 16, 128),
         Tuning(1, 2, 16, 16, 128),
         Tuning(1, 3, 32, 8, 64),
-        Tuning(1, 4, 32, 8, 64),
         Tuning(1, 4, 32, 4),
     ),
 }
@@ -154,7 +152,7 @@ def compare_tunings(name: str, tuned: str, traffic: int, run: Callable[[], Any],
     floor, usual, found = batch * length * channels * traffic / BANDWIDTH, getattr(triton_norm, tuned), []
     print(f"{name} {tuned}: floor {floor:.3f} ms", flush=True)
     for tuning in (usual, *VARIANTS[tuned]):
-        setattr(triton_norm, tuned, tuning)
+        setattr(triton_norm, tuned, {triton_norm.MAX_CHANNELS: tuning} if isinstance(usual, dict) and tuning is not usual else tuning)
         try:
             found.append((replayed_ms(run, 30) - besides, f"{tuning}{' as usual' if tuning is usual else ''}"))
         except RuntimeError as refused:

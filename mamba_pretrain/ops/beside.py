@@ -58,8 +58,8 @@ def _columns(part: Tensor) -> range | None:
 
 def joined(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients (..., width) of neighbouring parts, in order, with those that lie beside each other in one buffer replaced by what they are
-    together. As they are while autograd watches: a second derivative would see the first of them alone."""
-    if torch.is_grad_enabled():
+    together. As they are while autograd watches, since a second derivative would see the first of them alone, and where a compiler does."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return list(gradients)
     found: list[Tensor | None] = []
     for gradient in gradients:

@@ -62,13 +62,19 @@ class Tuning:
 
 
 # With 8 or more channels a thread, Triton lays fp32 and 16-bit rows out differently and brings them together through shared memory. So a thread has 4
-# where a loop loads fp32 (rms: the sum and its gradient). Where a loop loads 16 bits alone it has 16, in two accesses of 16 bytes: addresses, waits
-# and the sum along the row are then spread over more channels. Resident warps times 32 times registers is the register file: 8 warps hold a row of
-# 4096 channels backward, and two such programs a multiprocessor, one of which computes while the other waits at a barrier.
+# where a loop loads fp32 (rms: the sum and its gradient). Where a loop loads 16 bits alone it may have more, in accesses of 16 bytes: addresses,
+# waits and the sum along the row are then spread over more channels. All are the fastest of those that `benchmarks/norms.py --variants` timed on
+# an H100.
+EVERY_ROW = 1 << 30  # resident warps, so that every row has a program
 RMS_CHANNELS = 4
 RMS_BACKWARD = Tuning(rows=1, stages=3, resident=32, channels=RMS_CHANNELS)
-GATED_FORWARD = Tuning(rows=1, stages=3, resident=32, channels=16, registers=64)
-GATED_BACKWARD = Tuning(rows=1, stages=4, resident=16, channels=16, registers=128)
+GATED_FORWARD = Tuning(rows=1, stages=1, resident=EVERY_ROW, channels=8)
+# Of groups of up to so many channels. Resident warps times 32 times registers is the register file: two programs a multiprocessor share it, one of
+# which computes while the other waits at a barrier; the widest rows fill it with one program that has three rows on their way.
+GATED_BACKWARD = {
+    2048: Tuning(rows=1, stages=3, resident=16, channels=16, registers=128),
+    MAX_CHANNELS: Tuning(rows=1, stages=4, resident=32, channels=4),
+}
 
 # For what is on its way: with what Triton takes besides, within the 99 KiB of every GPU from compute capability 8.0 on.
 SHARED_BYTES = 80 * 1024
@@ -198,7 +204,8 @@ def gated_backward(dy, x, z, weight, scale, size, gradient=beside.alone):  # typ
 
     dx, dz = x.new_empty(x.shape), gradient(z)
     x, z, n = _rows(x), _rows(z), x.shape[-1]
-    programs, constants, options = _walk(GATED_BACKWARD, len(x), size, n // size, _element_bytes(dy, x, z), dx.device)
+    tuned = GATED_BACKWARD[next(most for most in GATED_BACKWARD if size <= most)]
+    programs, constants, options = _walk(tuned, len(x), size, n // size, _element_bytes(dy, x, z), dx.device)
     parts = dx.new_empty((programs, n), dtype=torch.float32)
     with on_device_of(dx):
         launch(

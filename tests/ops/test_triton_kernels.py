@@ -196,8 +196,10 @@ def test_in_the_interpreter(monkeypatch):
     check_all("cpu", (24, 100))
     check_gated_parts("cpu", ((2, 24, 8), (65, 100, 100), (300, 48, 16)))
     check_sum_of_parts("cpu", ((1, 1), (3, 100), (264, 24), (600, 33)))
-    for name in ("RMS_BACKWARD", "GATED_FORWARD", "GATED_BACKWARD"):
-        monkeypatch.setattr(triton_norm, name, triton_norm.Tuning(rows=4, stages=2, resident=32, channels=4))
+    four_rows = triton_norm.Tuning(rows=4, stages=2, resident=32, channels=4)
+    monkeypatch.setattr(triton_norm, "RMS_BACKWARD", four_rows)
+    monkeypatch.setattr(triton_norm, "GATED_FORWARD", four_rows)
+    monkeypatch.setattr(triton_norm, "GATED_BACKWARD", {triton_norm.MAX_CHANNELS: four_rows})
     check_all("cpu", (24,))
     check_gated_parts("cpu", ((65, 24, 8),))
     check_cross_entropy("cpu", (3, 40, 5000))

@@ -148,14 +148,15 @@ def ssd_forward(
             apart += tl.load(low_sums_ptr + at)[:, None] - low[None, :]
             to_end += tl.load(low_sums_ptr + end_at) - low
         from_before, to_end, kept = tl.exp2(sums), tl.exp2(to_end), tl.exp2(end)
-        joined = within[:, None] >= within[None, :]
+        mixing = scores * tl.exp2(tl.where(within[:, None] >= within[None, :], apart, float("-inf")))
         if HAS_DOCUMENTS:
-            joined &= within[None, :] >= (tl.load(begins_ptr + start + within, mask=inside, other=0) - start.to(tl.int32))[:, None]
             first_end, last_begin = _edges_of(begins_ptr, ends_ptr, start, CHUNK, length)
             from_before = tl.where(within < first_end, from_before, 0.0)
             to_end = tl.where(within >= last_begin, to_end, 0.0)
             kept = tl.where(last_begin < 0, kept, 0.0)
-        mixing = scores * tl.exp2(tl.where(joined, apart, float("-inf")))
+            if last_begin > 0:  # in most chunks no document begins
+                begins = tl.load(begins_ptr + start + within, mask=inside, other=0) - start.to(tl.int32)
+                mixing = tl.where(within[None, :] >= begins[:, None], mixing, 0.0)
         y = tl.dot(C, S.to(C.dtype), input_precision=PRECISION) * from_before[:, None]
         x = _load(x_ptr + start * x_row, within[:, None] * x_row + channels[None, :], x_mask, MASKED)
         y = tl.dot(mixing.to(x.dtype), x, y, input_precision=PRECISION)
@@ -249,9 +250,12 @@ def ssd_states(
 
 
 @triton.jit
-def _sent(x, dy, scores, dscores, dx, apart, joined, PRECISION: tl.constexpr):
-    """Adds what steps j send to steps i of one tile: to dx and the scores' gradient. Returns them with dy x^T and what flows from j to i."""
-    decay = tl.exp2(tl.where(joined, apart, float("-inf")))
+def _sent(x, dy, scores, dscores, dx, apart, PRECISION: tl.constexpr):
+    """Adds what steps j send to steps i of one tile: to dx and the scores' gradient. Returns them with dy x^T and what flows from j to i.
+
+    ``apart``: exponents of the decays from j to i, -inf where nothing goes.
+    """
+    decay = tl.exp2(apart)
     dmixing = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
     dx = tl.dot((scores * decay).to(dy.dtype), dy, dx, input_precision=PRECISION)
     change = dmixing * decay
@@ -306,7 +310,6 @@ def _inside(
         to_end = tl.exp2(to_end)
         if HAS_DOCUMENTS:
             to_end = tl.where(within >= last_begin - J * TILE, to_end, 0.0)
-            document_end = tl.load(ends_ptr + begin + within, mask=inside, other=0) - begin.to(tl.int32)
         dx *= to_end[:, None]
         x = _load(x_ptr + begin * x_row + head * x_head, within[:, None] * x_row + channels[None, :], x_mask, MASKED)
         to_states = tl.sum(dx * x.to(tl.float32), axis=1)
@@ -320,10 +323,12 @@ def _inside(
             apart += tl.load(low_sums_ptr + at)[None, :] - low[:, None]
         if not KEEP:  # from a zero that no compiler lifts out of the loop
             scores = tl.dot(B, tl.trans(C), tl.zeros((TILE, TILE), tl.float32) + tl.minimum(i, 0), input_precision=PRECISION)
-        joined = causal
+        apart = tl.where(causal, apart, float("-inf"))
         if HAS_DOCUMENTS:
-            joined &= within[None, :] < document_end[:, None]
-        dx, dscores, dmixing, flow = _sent(x, dy, scores, dscores, dx, apart, joined, PRECISION)
+            if last_begin > 0:  # in most chunks no document begins
+                document_end = tl.load(ends_ptr + begin + within, mask=inside, other=0) - begin.to(tl.int32)
+                apart = tl.where(within[None, :] < document_end[:, None], apart, float("-inf"))
+        dx, dscores, dmixing, flow = _sent(x, dy, scores, dscores, dx, apart, PRECISION)
         own = tl.sum(tl.where(diagonal, dmixing, 0.0), axis=1)
         flow = tl.where(diagonal, 0.0, flow)
         given = tl.sum(flow, axis=1)
@@ -336,10 +341,11 @@ def _inside(
                 apart += tl.load(low_sums_ptr + at + TILE)[None, :] - low[:, None]
             if not KEEP:
                 scores_next = tl.dot(B, tl.trans(C_next), tl.zeros((TILE, TILE), tl.float32) + tl.minimum(i, 0), input_precision=PRECISION)
-            joined = within[:, None] >= 0
             if HAS_DOCUMENTS:
-                joined = within[None, :] + TILE < document_end[:, None]
-            dx, dscores_next, dmixing, flow = _sent(x, dy, scores_next, dscores_next, dx, apart, joined, PRECISION)
+                if last_begin > 0:
+                    document_end = tl.load(ends_ptr + begin + within, mask=inside, other=0) - begin.to(tl.int32)
+                    apart = tl.where(within[None, :] + TILE < document_end[:, None], apart, float("-inf"))
+            dx, dscores_next, dmixing, flow = _sent(x, dy, scores_next, dscores_next, dx, apart, PRECISION)
             given += tl.sum(flow, axis=1)
             tl.store(cross_ptr + at + TILE, tl.sum(flow, axis=0))
         four = (at * 4)[:, None, None] + (tl.arange(0, 2) * 2)[None, :, None] + tl.arange(0, 2)[None, None, :]

@@ -65,8 +65,8 @@ class Tuning:
 
 # For compute capability 9.0 and 16-bit activations of up to 64 channels a head and 128 states: the best of those tried on an H100.
 HOPPER = Tuning(
-    chunk=64, tile=64, tiles=1, heads=16, state_block=8192, keep=True,
-    forward=Launch(4, 3), states=Launch(4, 4), inside=Launch(4, 3), edges=Launch(4, 2),
+    chunk=64, tile=64, tiles=1, heads=32, state_block=8192, keep=True,
+    forward=Launch(4, 2), states=Launch(4, 4), inside=Launch(4, 3), edges=Launch(4, 2),
 )  # fmt: skip
 # Everywhere else: fits in 99 KiB of shared memory, tuned for nothing.
 PORTABLE = Tuning(

@@ -324,7 +324,7 @@ def _inside(
         if not KEEP:  # from a zero that no compiler lifts out of the loop
             scores = tl.dot(B, tl.trans(C), tl.zeros((TILE, TILE), tl.float32) + tl.minimum(i, 0), input_precision=PRECISION)
         apart = tl.where(causal, apart, float("-inf"))
-        if HAS_DOCUMENTS:
+        if HAS_DOCUMENTS:  # noqa: SIM102 (without it there is no last_begin)
             if last_begin > 0:  # in most chunks no document begins
                 document_end = tl.load(ends_ptr + begin + within, mask=inside, other=0) - begin.to(tl.int32)
                 apart = tl.where(within[None, :] < document_end[:, None], apart, float("-inf"))
@@ -341,7 +341,7 @@ def _inside(
                 apart += tl.load(low_sums_ptr + at + TILE)[None, :] - low[:, None]
             if not KEEP:
                 scores_next = tl.dot(B, tl.trans(C_next), tl.zeros((TILE, TILE), tl.float32) + tl.minimum(i, 0), input_precision=PRECISION)
-            if HAS_DOCUMENTS:
+            if HAS_DOCUMENTS:  # noqa: SIM102
                 if last_begin > 0:
                     document_end = tl.load(ends_ptr + begin + within, mask=inside, other=0) - begin.to(tl.int32)
                     apart = tl.where(within[None, :] + TILE < document_end[:, None], apart, float("-inf"))

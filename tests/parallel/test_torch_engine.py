@@ -164,11 +164,12 @@ def test_kept_bf16_weights_follow_steps_and_loads(worker, tmp_path, monkeypatch,
     assert len(engine._copied) == len(torch_engine.cast_weights(engine.model)) > 4
     if place.device.type == "cuda" and optimizer == "adamw":  # where the optimizer's kernel writes them
         assert all(weight_copy.valid(weight) is not None for weight in engine._copied)
-    assert kept[4:6] == kept[7:]
+    tolerance = 1e-5 if place.device.type == "cuda" else 0  # attention adds in no fixed order there
+    assert kept[4:6] == pytest.approx(kept[7:], rel=tolerance)
     monkeypatch.setattr(torch_engine, "keeps_copies", lambda *_: False)
     cast, engine = losses(tmp_path / "cast")
     assert engine._copied == []
-    assert kept == pytest.approx(cast, rel=1e-5 if place.device.type == "cuda" else 0)  # others' attention adds in no fixed order
+    assert kept == pytest.approx(cast, rel=tolerance)
 
 
 @pytest.mark.parametrize(

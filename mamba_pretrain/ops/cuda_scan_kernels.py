@@ -31,8 +31,8 @@ HOPPER_SHARED, RESERVED_SHARED, MOST_SHARED = 228 * 1024, 1024, 99 * 1024
 @dataclass(frozen=True)
 class Tuning:
     """One way to run a kernel: channels a quad of lanes (with 16 states or fewer; less with more), warps that a multiprocessor holds,
-    block sizes to choose from in warps, how much a warp's channel costs, every n-th decay on the FMA pipe (0: none), with how many states
-    at most registers suffice, and whether the backward pass keeps the slopes of softplus from where it computes softplus."""
+    block sizes to choose from in warps, how much a warp's channel costs, every n-th decay on the FMA pipe (0: none), and with how many states
+    at most registers suffice."""
 
     lane_channels: int
     resident: int
@@ -40,7 +40,6 @@ class Tuning:
     cost: float = 1.0
     polynomial_every: int = 0
     most_states: int = STATES[-1]
-    slope_kept: bool = False
 
 
 # Measured on an H100 (docs/kernels.md) with 16-bit activations. Elsewhere PORTABLE is used: blocks that fit in 99 KiB of shared memory.
@@ -76,7 +75,6 @@ class Shape:
     blocks: int
     segments: int
     most_shared: int = MOST_SHARED
-    slope_kept: bool = False
 
 
 def most_shared(min_blocks: int, hopper: bool) -> int:
@@ -109,8 +107,7 @@ def shape(kernel: str, device: int, dtype: torch.dtype, batch: int, length: int,
             if cost < best_cost:
                 min_blocks = max(1, tuned.resident // warps)
                 limit = most_shared(min_blocks, tuned_for_it)
-                kept = tuned.slope_kept and per_quad > 1  # slopes of two channels share a word
-                best, best_cost = Shape(per_quad, warps, min_blocks, tuned.polynomial_every, blocks, segments, limit, kept), cost
+                best, best_cost = Shape(per_quad, warps, min_blocks, tuned.polynomial_every, blocks, segments, limit), cost
     assert best is not None
     return best
 
@@ -231,7 +228,6 @@ def _kernel(
         "REVERSE": reverse,
         "GATE_ROW": gate_row,
         "MOST_SHARED": shape.most_shared,
-        "SLOPE_KEPT": int(shape.slope_kept),
     }
     return nvrtc.kernel(f"{name}.cu", macros, 32 * shape.warps, device)
 

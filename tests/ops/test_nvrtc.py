@@ -24,7 +24,6 @@ USUAL = {
     "STATES": 16,
     "LANE_CHANNELS": 2,
     "GATE_ROW": 2,
-    "SLOPE_KEPT": 1,
     "TWIST_CHANNELS": 4,
     "HAS_Z": 1,
     "HAS_SEQ": 1,
@@ -82,7 +81,6 @@ def tuned_shapes():
                     limit = kernels.most_shared(blocks, table is kernels.HOPPER)
                     shape = {
                         "LANE_CHANNELS": channels,
-                        "SLOPE_KEPT": int(channels > 1),
                         "TWIST_CHANNELS": channels,
                         "WARPS": warps,
                         "MIN_BLOCKS": blocks,
@@ -124,7 +122,6 @@ def test_every_specialisation_compiles(file, states, scalar_type, given):
     channels = min(4, 64 // states)
     macros = {**USUAL, **dict.fromkeys(("HAS_Z", "HAS_SEQ", "VECTOR_IO", "VECTOR_BC", "REVERSE"), given)}
     macros |= {"STATES": states, "SCALAR_TYPE": scalar_type, "WARPS": 2, "LANE_CHANNELS": channels, "TWIST_CHANNELS": channels}
-    macros["SLOPE_KEPT"] = int(channels > 1)
     assert nvrtc.cubin(file, macros, "sm_90")
 
 

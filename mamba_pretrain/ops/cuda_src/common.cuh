@@ -92,40 +92,6 @@ DEVICE void store(scalar_t* p, const float (&v)[K]) {
 }
 #endif
 
-// Floats in the place of as many stored numbers, in fp16 where these have 16 bits. K: 2 or a multiple of 4.
-template <int K>
-DEVICE void store_half(scalar_t* p, const float (&v)[K]) {
-#if SCALAR_TYPE == 0
-    store<K>(p, v);
-#else
-    if constexpr (K == 2) {
-        *reinterpret_cast<unsigned*>(p) = pack_half(v[0], v[1]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < K; i += 4)
-            *reinterpret_cast<uint2*>(p + i) = make_uint2(pack_half(v[i], v[i + 1]), pack_half(v[i + 2], v[i + 3]));
-    }
-#endif
-}
-
-template <int K>
-DEVICE void load_half(const scalar_t* p, float (&v)[K]) {
-#if SCALAR_TYPE == 0
-    load<K>(p, v);
-#else
-    if constexpr (K == 2) {
-        unpack_half(*reinterpret_cast<const unsigned*>(p), v[0], v[1]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < K; i += 4) {
-            const uint2 q = *reinterpret_cast<const uint2*>(p + i);
-            unpack_half(q.x, v[i], v[i + 1]);
-            unpack_half(q.y, v[i + 2], v[i + 3]);
-        }
-    }
-#endif
-}
-
 // Floats as they are stored, in words.
 template <int K, int WORDS>
 DEVICE void to_words(const float (&v)[K], unsigned (&w)[WORDS]) {
@@ -166,19 +132,6 @@ DEVICE float softplus(float x) {
 #else
     const float series = e * fmaf(-e, fmaf(-e, 0.33333333f, 0.5f), 1.f);
     const float y = e < 0.01f ? series : log2_fast(1.f + e) * LN2;
-#endif
-    return x > 20.f ? x : y;
-}
-
-// softplus and its derivative sigmoid(x) = e / (1 + e), e = exp(x).
-DEVICE float softplus(float x, float& slope) {
-    const float e = exp2_fast(x * LOG2E), sum = 1.f + e;
-    slope = x > 20.f ? 1.f : e * reciprocal_fast(sum);
-#if SCALAR_TYPE == 0
-    const float y = log1pf(e);
-#else
-    const float series = e * fmaf(-e, fmaf(-e, 0.33333333f, 0.5f), 1.f);
-    const float y = e < 0.01f ? series : log2_fast(sum) * LN2;
 #endif
     return x > 20.f ? x : y;
 }

@@ -31,17 +31,6 @@ DEVICE unsigned pack(float first, float second) {
     return word;
 }
 
-// The same in fp16, whatever activations are stored in.
-DEVICE void unpack_half(unsigned word, float& first, float& second) {
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(first), "=f"(second) : "r"(word));
-}
-
-DEVICE unsigned pack_half(float first, float second) {
-    unsigned word;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-    return word;
-}
-
 // -- special functions, relative error about 2^-22 ------------------------------------------------------------------------
 
 DEVICE float exp2_fast(float x) {

@@ -171,36 +171,6 @@ struct Backward {
             }
     }
 
-    // Softplus in place. SLOPE_KEPT: its slopes, in fp16 or wider, take the place of the raw time steps that they are of; 0 past the end, where
-    // nothing may be added to dbias.
-    DEVICE void softplus(int stage, int valid, float (&delta)[PASSES][4], const float (&bias)[4]) const {
-        const Conversion lanes{lane};
-#if SLOPE_KEPT
-#pragma unroll
-        for (int pass = 0; pass < PASSES; ++pass) {
-            float slope[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                delta[pass][i] = ::softplus(delta[pass][i] + bias[i], slope[i]);
-                if (lanes.step(pass) >= valid) slope[i] = 0.f;
-            }
-            store_half(&tile.delta[stage][lanes.step(pass)][lanes.channel()], slope);
-        }
-#else
-        lanes.softplus(delta, bias);
-#endif
-    }
-
-    // The slopes at a step whose time steps are `delta`.
-    DEVICE void slopes(int stage, int step, const float (&delta)[CPT], float (&slope)[CPT]) const {
-#if SLOPE_KEPT
-        load_half(&tile.delta[stage][step][own()], slope);
-#else
-#pragma unroll
-        for (int c = 0; c < CPT; ++c) slope[c] = softplus_slope(delta[c]);
-#endif
-    }
-
     DEVICE void prepare(int stage, unsigned starts, int valid) const {
         const Conversion lanes{lane};
         float bias[4], delta[PASSES][4], u[PASSES][4], dy[PASSES][4];
@@ -230,7 +200,7 @@ struct Backward {
 #pragma unroll
             for (int i = 0; i < 4; ++i) dD[i] = fmaf(dy[pass][i], u[pass][i], dD[i]);
         store<4>(tile.dD[lane], dD);
-        softplus(stage, valid, delta, bias);
+        lanes.softplus(delta, bias);
         lanes.multiply(u, delta);
         mark(delta, starts, valid);
         lanes.store(tile.time_step, delta);
@@ -294,7 +264,7 @@ struct Backward {
     // before and behind mixes with it.
     DEVICE void finish(int stage, int sub, int valid, const float (&y)[CPT], const float (&dinput)[CPT], const float (&dlog)[CPT]) {
         const int channel = own(), step = sub * SUB + part();
-        float D[CPT], dbias[CPT], u[CPT], delta[CPT], dy[CPT], du[CPT], ddelta[CPT], slope[CPT];
+        float D[CPT], dbias[CPT], u[CPT], delta[CPT], dy[CPT], du[CPT], ddelta[CPT];
         load<CPT>(&tile.D[channel], D);
         load<CPT>(tile.dbias[lane], dbias);
         load<CPT>(&tile.u[stage][step][channel], u);
@@ -309,11 +279,10 @@ struct Backward {
 #pragma unroll
         for (int c = 0; c < CPT; ++c) delta[c] = starts ? delta[c] * (1.f / START_SCALE) : delta[c];
 #endif
-        slopes(stage, step, delta, slope);
 #pragma unroll
         for (int c = 0; c < CPT; ++c) {
             du[c] = fmaf(dinput[c], delta[c], D[c] * dy[c]);
-            ddelta[c] = fmaf(dinput[c], u[c], dlog[c] * LN2) * slope[c];
+            ddelta[c] = fmaf(dinput[c], u[c], dlog[c] * LN2) * softplus_slope(delta[c]);
             dbias[c] += ddelta[c];
 #if HAS_Z
             dz[c] *= fmaf(D[c], u[c], y[c]);

@@ -193,13 +193,6 @@ inline unsigned short narrow(float x) {
 inline void unpack(unsigned word, float& first, float& second) { first = widen(word & 0xffff), second = widen(word >> 16); }
 inline unsigned pack(float first, float second) { return narrow(first) | unsigned(narrow(second)) << 16; }
 
-inline void unpack_half(unsigned word, float& first, float& second) {
-    first = float(bits<_Float16>(static_cast<unsigned short>(word))), second = float(bits<_Float16>(static_cast<unsigned short>(word >> 16)));
-}
-inline unsigned pack_half(float first, float second) {
-    return bits<unsigned short>(_Float16(first)) | unsigned(bits<unsigned short>(_Float16(second))) << 16;
-}
-
 inline float exp2_fast(float x) { return x < -126.f ? 0.f : std::exp2(x); }  // subnormal results are flushed
 inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal_fast(float x) { return 1.f / x; }

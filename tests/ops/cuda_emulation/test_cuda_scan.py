@@ -41,12 +41,11 @@ def emulated(emulated_kernels, monkeypatch):
     monkeypatch.setitem(registry._implementations, "selective_scan", named)
     registry.register("selective_scan", "emulated", priority=-1)(scan)
 
-    def set_shapes(segments: int = 1, lane_channels: int = 4, warps: int = 2, slope_kept: bool = False) -> None:
+    def set_shapes(segments: int = 1, lane_channels: int = 4, warps: int = 2) -> None:
         def shape(kernel, device, dtype, batch, length, channels, states):
             per_quad = min(2 if kernel == "scan_forward" else lane_channels, lane_channels, 64 // states)
             polynomial_every = 8 if kernel == "scan_forward" else 0  # as on an H100
-            blocks = -(-channels // (warps * 8 * per_quad))
-            return kernels.Shape(per_quad, warps, 1, polynomial_every, blocks, segments, slope_kept=slope_kept and per_quad > 1)
+            return kernels.Shape(per_quad, warps, 1, polynomial_every, -(-channels // (warps * 8 * per_quad)), segments)
 
         monkeypatch.setattr(kernels, "shape", shape)
         kernels._kernel.cache_clear()
@@ -71,16 +70,6 @@ def emulated(emulated_kernels, monkeypatch):
 def test_some_cases(changes, make_case, check_selective_scan, emulated):
     emulated()
     check_selective_scan(make_case(**changes), "emulated", dtype=torch.bfloat16, batch=1, channels=40, state=16)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("lane_channels", [2, 4])
-@pytest.mark.parametrize(
-    "changes", [{}, {"delta": (-12.0, 4.0)}, {"delta": (20.0, 40.0), "starts": "every", "length": 33}], ids=["usual", "small", "large"]
-)
-def test_slopes_that_are_kept(changes, lane_channels, dtype, make_case, check_selective_scan, emulated):
-    emulated(lane_channels=lane_channels, slope_kept=True)
-    check_selective_scan(make_case(**changes), "emulated", dtype=dtype, batch=1, channels=40, state=16)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from mamba_pretrain.ops.matmul import add_matmul, matmul
 from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.triton_launch import launch
 
-# Elements of a chunk's logits. On a CPU a cache-sized chunk is fastest; a GPU wants few large matmuls (about 8 bytes an element at the peak).
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+# Elements of a chunk's logits. On a CPU a cache-sized chunk is fastest. A GPU wants few large matmuls, since every chunk but the first reads and
+# writes the weight's whole gradient; with the kernels an element takes 2 bytes, with PyTorch's operations about 8.
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
 MIN_ROWS = 64
 
 

@@ -162,7 +162,7 @@ def test_sharding_takes_nothing_from_what_recomputation_keeps(recompute: str) ->
 def test_the_loss_holds_a_chunk_of_logits_once_where_it_is_fused() -> None:
     config = ModelConfig(mixer="mamba1", n_layer=1, d_model=64, vocab_size=50000, pad_vocab_size_multiple=16)
     shape, one = shape_of(config), memory.sharding("single", 1)
-    fused, plain = (memory.estimate(config, shape, one, 1, 4096, options=Options(fused=fused)).parts["loss"] for fused in (True, False))
+    fused, plain = (memory.estimate(config, shape, one, 2, 4096, options=Options(fused=fused)).parts["loss"] for fused in (True, False))
     rows = CHUNK_ELEMENTS["cuda"] // config.padded_vocab_size
     assert plain - fused == 6 * rows * config.padded_vocab_size
 

@@ -106,7 +106,8 @@ def measure_one(name: str) -> dict[str, Any]:
 
 def failures(rows: list[dict[str, Any]]) -> list[str]:
     """What is slower than mamba_ssm's, far from the floor, wrong or not repeatable, in words."""
-    failed = []
+    measured = {row["shape"] for row in rows}
+    failed = [f"{shape}: not measured" for shape in SHAPES if shape not in measured]
     for row in rows:
         distance = row["ours"]["both_ms"] / row["floor"]["both_ms"]
         if distance > FURTHEST_FROM_FLOOR:

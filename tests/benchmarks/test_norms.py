@@ -26,7 +26,9 @@ def test_the_backward_pass_is_both_less_forward(monkeypatch):
     assert timing.both_passes_ms(lambda: 1.0, lambda: 3.5) == {"forward_ms": 1.0, "backward_ms": 2.5, "both_ms": 3.5}
 
 
-def test_what_is_under_a_bar_is_said_in_words():
+def test_what_is_under_a_bar_is_said_in_words(monkeypatch):
+    assert norms.failures([row()])[-1] == "gated_rms_norm 1.3b: not measured"
+    monkeypatch.setattr(norms, "SHAPES", {"rms_norm 130m": norms.SHAPES["rms_norm 130m"]})
     assert norms.failures([row()]) == []
     for changes, words in (
         ({"ours": {"both_ms": 5.0}}, "1.67 times what its bytes take"),

@@ -171,6 +171,12 @@ def test_one_setting_meets_speed_and_memory_together():
     assert train_step.check({"comparisons": [row(**{"ours": fast, "ours+x=1": small, "ours+x=2": both})]}) == []
 
 
+def test_a_setting_that_did_not_run_is_not_the_one_that_counts():
+    slow = result(200, peak_gb=13.0)
+    failed = train_step.check({"comparisons": [row(**{"ours": {"error": "out of memory"}, "ours+x=1": slow})]})
+    assert failed == ["mamba1-1.4b: ours+x=1 is 2.00x fla, under 2.4x", "mamba1-1.4b: ours+x=1 is 2.22x transformers, under 2.6x"]
+
+
 def test_a_setting_in_another_precision_is_shown_and_meets_no_bar():
     assert train_step.check({"comparisons": [row(**{"ours": result(200), "ours+fp8=rowwise": result(300, losses=[10.0, 9.5])})]}) == [
         "mamba1-1.4b: ours is 2.00x fla, under 2.4x",
@@ -201,10 +207,13 @@ def test_parity_is_judged_by_what_two_runs_of_mamba_ssm_differ_by(ours, fails):
     assert bool(failed) == fails
 
 
-def test_a_row_that_compares_nothing_takes_the_place_of_none():
+def test_a_row_that_compares_less_takes_the_place_of_none():
     good = {"model": "mamba1-370m", "ours": {"step_ms": 1.0}, "mamba_ssm": {"step_ms": 2.0}}
     broken = {"model": "mamba1-370m", "ours": {"step_ms": 1.0}, "mamba_ssm": {"error": "no time was left"}}
-    assert train_step.merged([{"comparisons": [good]}, {"comparisons": [broken]}])["comparisons"] == [good]
+    empty = {"model": "mamba1-370m", "ours": {"error": "no time was left"}, "mamba_ssm": {"step_ms": 2.0}}
+    assert train_step.merged([{"comparisons": [good]}, {"comparisons": [broken, empty]}])["comparisons"] == [good]
+    assert train_step.merged([{"comparisons": [empty]}, {"comparisons": [broken]}])["comparisons"] == [broken]
+    assert train_step.merged([{"comparisons": [broken]}, {"comparisons": [empty]}])["comparisons"] == [broken]
     # Alone it stays, so that its error is told.
     assert train_step.merged([{"parity": [broken]}])["parity"] == [broken]
 

@@ -35,7 +35,7 @@ Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tenso
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """Where a group's tensors lie, for the host to compare and on the device."""
 
     addresses: list[list[int]]  # of parameters, gradients, moments, copies and steps
@@ -44,7 +44,7 @@ class _Table:
     chunks: Tensor
 
 
-_tables: WeakKeyDictionary[torch.optim.Optimizer, dict[int, _Table]] = WeakKeyDictionary()
+_tables: WeakKeyDictionary[torch.optim.Optimizer, dict[int, Table]] = WeakKeyDictionary()
 
 
 def unsupported(lists: Lists) -> str | None:
@@ -59,13 +59,34 @@ def unsupported(lists: Lists) -> str | None:
     return nvrtc.unsupported(device)
 
 
-def step(optimizer: torch.optim.Optimizer, number: int, lists: Lists, divisor: Tensor, options: dict[str, Any]) -> None:
-    """Updates parameters and moments of the optimizer's group ``number`` with gradients divided by ``divisor`` (0-d fp32 on their device).
+def table_of(optimizer: torch.optim.Optimizer, number: int, lists: Lists) -> Table | None:
+    """The table of the optimizer's group ``number``, which ``step`` takes; None where the kernel cannot serve.
+
+    Written anew, and its tensors looked at, when any lies elsewhere than at the last step: gradients may, where steps are not replayed.
+    """
+    if not lists[0][0].is_cuda:
+        return None
+    of_group = _tables.setdefault(optimizer, {})
+    *to_here, steps = [[t.data_ptr() for t in tensors] for tensors in lists]
+    addresses, sizes = [*to_here, [_copy_of(t) for t in lists[0]], steps], [t.numel() for t in lists[0]]
+    known = of_group.get(number)
+    if known is not None and (known.addresses, known.sizes) == (addresses, sizes):
+        return known
+    if unsupported(lists) is not None:
+        return None
+    device = lists[0][0].device
+    rows = torch.tensor(list(zip(*addresses, sizes, strict=True)), dtype=torch.int64)
+    chunks = known.chunks if known is not None and known.sizes == sizes else _on_device(_chunks(sizes), device)
+    of_group[number] = Table(addresses, sizes, _on_device(rows, device), chunks)
+    return of_group[number]
+
+
+def step(table: Table, lists: Lists, divisor: Tensor, options: dict[str, Any]) -> None:
+    """Updates a group's parameters and moments with gradients divided by ``divisor`` (0-d fp32 on their device).
 
     ``options``: the group's, of which ``lr``, ``betas``, ``eps`` and ``weight_decay`` are used. The numbers of steps must be raised already.
     Copies in bf16 that parameters keep (``ops/weight_copy.py``) stay valid.
     """
-    table = _table(optimizer, number, lists)
     (beta1, beta2), lr = options["betas"], float(options["lr"])
     of_first, of_second = ((beta, 1.0 - beta, math.log(beta) if beta else -math.inf) for beta in (beta1, beta2))
     pointers = (table.tensors.data_ptr(), table.chunks.data_ptr(), divisor.data_ptr())
@@ -82,19 +103,6 @@ def step(optimizer: torch.optim.Optimizer, number: int, lists: Lists, divisor: T
 def _kernel(device: int) -> nvrtc.Kernel:
     log.info("optimizer: AdamW by a kernel of its own")
     return nvrtc.kernel("adamw.cu", MACROS, THREADS, device)
-
-
-def _table(optimizer: torch.optim.Optimizer, number: int, lists: Lists) -> _Table:
-    """Written anew when any tensor lies elsewhere than at the last step: gradients may, where steps are not replayed."""
-    of_group, device = _tables.setdefault(optimizer, {}), lists[0][0].device
-    *to_here, steps = [[t.data_ptr() for t in tensors] for tensors in lists]
-    addresses, sizes = [*to_here, [_copy_of(t) for t in lists[0]], steps], [t.numel() for t in lists[0]]
-    known = of_group.get(number)
-    if known is None or (known.addresses, known.sizes) != (addresses, sizes):
-        rows = torch.tensor(list(zip(*addresses, sizes, strict=True)), dtype=torch.int64)
-        chunks = known.chunks if known is not None and known.sizes == sizes else _on_device(_chunks(sizes), device)
-        known = of_group[number] = _Table(addresses, sizes, _on_device(rows, device), chunks)
-    return known
 
 
 def _copy_of(parameter: Tensor) -> int:

@@ -34,9 +34,9 @@ def fused_step(optimizer: torch.optim.Optimizer, divisor: Tensor) -> None:
         if not parameters:
             continue
         ours = (parameters, gradients, first, second, steps)
-        if cuda_adamw.unsupported(ours) is None:
+        if (table := cuda_adamw.table_of(optimizer, number, ours)) is not None:
             torch._foreach_add_(steps, 1.0)
-            cuda_adamw.step(optimizer, number, ours, divisor, group)
+            cuda_adamw.step(table, ours, divisor, group)
         else:
             _torch_step(ours, divisor, group)
 

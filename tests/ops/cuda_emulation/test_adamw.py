@@ -14,8 +14,9 @@ SIZES = (1, 3, 4, 1029, cuda_adamw.CHUNK, 2 * cuda_adamw.CHUNK + 5)
 
 @pytest.fixture
 def emulated(emulated_kernels, monkeypatch):
-    """The kernel serves tensors on the CPU."""
+    """The kernel serves tensors on the CPU, which say that they are on a GPU where it asks."""
     monkeypatch.setattr(cuda_adamw, "unsupported", lambda lists: None)
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
     cuda_adamw._kernel.cache_clear()
     monkeypatch.setattr(cuda_adamw, "_kernel", lambda device: nvrtc.kernel("adamw.cu", cuda_adamw.MACROS, cuda_adamw.THREADS, device))
 

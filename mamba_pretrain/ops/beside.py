@@ -47,7 +47,7 @@ def gradient_of(part: Tensor) -> Tensor:
 
 def _columns(part: Tensor) -> range | None:
     """Where ``part`` (b, l, d) lies in the rows of an output that fills its storage; None if it is no part of such."""
-    if part.dim() != 3 or type(part) is not Tensor or 0 in part.shape:
+    if part.dim() != 3 or 0 in part.shape:
         return None
     batch, length, width = part.shape
     batch_stride, row, step = part.stride()

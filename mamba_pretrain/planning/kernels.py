@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mamba_pretrain.ops import registry
+from mamba_pretrain.ops import beside, registry
 from mamba_pretrain.ops.rms_norm import output_dtype
 
 NAME = "planned"
@@ -58,9 +58,10 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, z, bias, seq_idx, _ = ctx.saved_tensors
         partials = _workspace(u, *u.shape[:2], u.shape[2] // 4)  # per-block sums of dB and dC before they are reduced
-        found = [_like(t) for t in (u, delta, A, B, C, D, z, bias)]
+        found = [_like(t) for t in (u, delta, A, B, C, D)]
+        dz = None if z is None else beside.gradient_of(z)
         del partials, seq_idx
-        return *found, None
+        return *found, dz, _like(bias), None
 
 
 class _SSD(torch.autograd.Function):
@@ -81,7 +82,7 @@ class _SSD(torch.autograd.Function):
         x, dt, A, B, C, D, z, bias, seq_idx, _, _ = ctx.saved_tensors
         workspace = _ssd_workspace(x, B, ctx.chunk), _ssd_workspace(x, B, ctx.chunk)
         dB, dC = _like(B, torch.float32), _like(C, torch.float32)
-        dx, ddt = _like(x), _like(dt)
+        dx, ddt = _like(x), beside.gradient_of(dt)
         found = dx, ddt, _like(A), _like(dB, B.dtype), _like(dC, C.dtype), _like(D), _like(z), _like(bias)
         del workspace, seq_idx
         return *found, None, None
@@ -104,7 +105,7 @@ class _Conv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, _ = ctx.saved_tensors
-        return _like(x), _like(weight), _like(bias), None
+        return beside.gradient_of(x), _like(weight), _like(bias), None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -130,7 +131,7 @@ class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight, _ = ctx.saved_tensors
-        return _like(x), _like(z), _like(weight), None
+        return _like(x), beside.gradient_of(z), _like(weight), None
 
 
 def _selective_scan(

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 # By the output's storage: the buffer that still waits for gradients of other parts, and columns that are taken. A reference that has expired equals
-# no other, even if the memory is used again. A buffer leaves when all of it is taken, which is soon: within a layer's backward pass.
+# no other, even if the memory is used again. A buffer leaves when all of it is taken, which is soon, within a layer's backward pass; one whose other
+# parts' gradients come from elsewhere leaves when the projection's backward pass asks for neighbours, or the next buffer is made.
 _waiting: dict[StorageWeakRef, tuple[Tensor, list[range]]] = {}
 
 
@@ -36,13 +37,17 @@ def gradient_of(part: Tensor) -> Tensor:
     output = StorageWeakRef(part.untyped_storage())
     buffer, taken = _waiting.pop(output, (None, []))
     if buffer is None or buffer.shape != whole or any(columns.start < other.stop and other.start < columns.stop for other in taken):
-        for expired in [waiting for waiting in _waiting if waiting.expired()]:
-            del _waiting[expired]
+        _forget_expired()
         buffer, taken = part.new_empty(whole), []
     taken.append(columns)
     if sum(map(len, taken)) < whole[2]:
         _waiting[output] = buffer, taken
     return buffer[:, :, columns.start : columns.stop]
+
+
+def _forget_expired() -> None:
+    for output in [waiting for waiting in _waiting if waiting.expired()]:
+        del _waiting[output]
 
 
 def _columns(part: Tensor) -> range | None:
@@ -61,6 +66,7 @@ def joined(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     together. As they are while autograd watches, since a second derivative would see the first of them alone, and where a compiler does."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return list(gradients)
+    _forget_expired()
     found: list[Tensor | None] = []
     for gradient in gradients:
         last = found[-1] if found else None

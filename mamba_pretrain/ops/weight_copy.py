@@ -8,6 +8,7 @@ copies by address and asks nothing: ``refresh`` them before a replay.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ class _Copy:
 
     def __init__(self, values: Tensor) -> None:
         self.values, self.version = values, -1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a parameter that is stored and loaded, whose versions begin anew: not valid."""
+        return _Copy, (self.values,)
 
 
 def keep(parameter: nn.Parameter) -> None:
@@ -59,9 +64,13 @@ def valid(parameter: Tensor) -> Tensor | None:
 
 
 def written(parameters: Iterable[Tensor]) -> None:
-    """Says that parameters were changed by address, and their ``valid`` copies with them."""
+    """Says that parameters were changed by address, and their ``valid`` copies with them.
+
+    A backward pass that is still to come with what it saved of either is refused by autograd from now on.
+    """
     for parameter in parameters:
-        followed = valid(parameter) is not None
+        copy = valid(parameter)
         torch.autograd.graph.increment_version(parameter)
-        if followed:
+        if copy is not None:
+            torch.autograd.graph.increment_version(copy)
             getattr(parameter, _NAME).version = parameter._version

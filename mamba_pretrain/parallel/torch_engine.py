@@ -12,9 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from data_tools.errors import UserError
+from mamba_pretrain.models.fp8 import cast_projections
 from mamba_pretrain.models.init import initialize
 from mamba_pretrain.models.language_model import LanguageModel
-from mamba_pretrain.models.modules import PROJECTIONS
 from mamba_pretrain.ops import weight_copy
 from mamba_pretrain.optim.build import Build, set_learning_rate
 from mamba_pretrain.optim.fused import fused_step, local_parts, takes_divisor
@@ -61,7 +61,7 @@ class TorchEngine(Engine):
         self._shards = None if mesh is None else mesh.get_group("shard")  # the processes that hold one copy together
         self._replicas = Replicas(parameters, self.topology.device) if self.name == "ddp" and self.topology.world_size > 1 else None
         self.optimizer = build_optimizer(self._named)
-        self._copied = cast_weights(model) if keeps_copies(self.parallel, self.precision, self._sharded) else []
+        self._copied = cast_weights(model, self.precision) if keeps_copies(self.parallel, self.precision, self._sharded) else []
         for parameter in self._copied:
             weight_copy.keep(parameter)
         self._graphs: MicroBatchGraphs | None = None
@@ -236,10 +236,10 @@ def keeps_copies(parallel: ParallelConfig, precision: PrecisionConfig, sharded: 
     return precision.compute == "bf16" and not sharded and parallel.activation_checkpointing == "none"
 
 
-def cast_weights(model: LanguageModel) -> list[nn.Parameter]:
+def cast_weights(model: LanguageModel, precision: PrecisionConfig) -> list[nn.Parameter]:
     """Weights that matmuls use in autocast's dtype: of projections without FP8, and of the head."""
-    projections = [m for m in model.modules() if isinstance(m, PROJECTIONS) and getattr(m, "recipe", None) is None]
-    return [cast(nn.Parameter, module.weight) for module in [*projections, model.head]]
+    modules = [*cast_projections(model, precision.fp8 != "off"), model.head]
+    return [cast(nn.Parameter, module.weight) for module in modules]
 
 
 def _assign(name: str, parameter: nn.Parameter, full: Tensor) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from mamba_pretrain.models.config import ModelConfig
+from mamba_pretrain.models.fp8 import cast_projections
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.ops.cross_entropy import CHUNK_ELEMENTS
 from mamba_pretrain.parallel.zero_config import bucket_elements
@@ -63,13 +64,19 @@ class Shape:
     embedding: int  # rows x d_model, once
     tied: bool
     blocks: tuple[int, ...]
+    # Of a block's parameters those that autocast casts, and of these those that it casts beside FP8.
+    cast: tuple[int, ...]
+    cast_beside_fp8: tuple[int, ...]
 
     @classmethod
     def of(cls, model: LanguageModel) -> Shape:
         """From a model on the meta device."""
         blocks = tuple(sum(p.numel() for p in block.parameters()) for block in model.blocks())
+        cast, beside_fp8 = (
+            tuple(sum(m.weight.numel() for m in cast_projections(block, fp8)) for block in model.blocks()) for fp8 in (False, True)
+        )
         embedding = model.config.padded_vocab_size * model.config.d_model
-        return cls(model.n_parameters(), embedding, model.config.tie_word_embeddings, blocks)
+        return cls(model.n_parameters(), embedding, model.config.tie_word_embeddings, blocks, cast, beside_fp8)
 
 
 @dataclass(frozen=True)
@@ -141,15 +148,18 @@ class _Timeline:
         self.gathers = split.strategy in ("fsdp2", "hsdp") and split.world > 1
         # One process and DDP keep bf16 copies of projections and head from step to step (``torch_engine.keeps_copies``).
         whole = split.strategy in ("single", "ddp") or (split.strategy == "fsdp2" and split.world == 1)
-        self.keeps_copies = mixed and whole and options.recompute == "none" and options.fp8 == "off"
-        if mixed and options.recompute == "none" and (self.gathers or self.keeps_copies):
-            # What a block's pass keeps has copies of its weights; FSDP2 frees its gathered ones after the block's forward pass.
+        self.keeps_copies = mixed and whole and options.recompute == "none"
+        kept = shape.cast if options.fp8 == "off" else shape.cast_beside_fp8
+        if self.keeps_copies:  # and no pass makes any
+            self.costs = [replace(c, saved=c.saved - BF16 * n, forward=c.forward - BF16 * n) for c, n in zip(self.costs, kept, strict=True)]
+        elif mixed and self.gathers and options.recompute == "none":
+            # Projections keep bf16 copies of their weights, or FP8 ones; FSDP2 frees its gathered ones after the block's forward pass.
             copied = BF16 if options.fp8 == "off" else FP8
             self.costs = [replace(c, saved=max(0.0, c.saved - copied * n)) for c, n in zip(self.costs, shape.blocks, strict=True)]
         self.accumulating, self.replayed = accumulating, replayed
         self.base = {
             "weights": FP32 * shape.total * split.parameter_share,
-            "bf16 weights": float(BF16 * shape.total if self.keeps_copies else 0),
+            "bf16 weights": float(BF16 * (sum(kept) + shape.embedding) if self.keeps_copies else 0),
             "optimizer": moments_bytes * shape.total * split.optimizer_share,
             "communication": self._communication(),
             # An attention layer's mask (b, 1, l, l) is shared by all of them.

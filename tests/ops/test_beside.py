@@ -113,6 +113,20 @@ def test_an_output_that_is_gone_is_not_mistaken_for_one_in_its_place():
     assert lie_beside(gradient_of(parts[0]), second)
 
 
+def test_what_waits_in_vain_is_dropped_with_its_layer():
+    """Only one part's user makes room: the buffer lives no longer than the projection's backward pass."""
+    x, weight = torch.randn(2, 7, 16).requires_grad_(), torch.randn(33, 16).requires_grad_()
+    outputs = [
+        operation(part)
+        for operation, part in zip((Halved.apply, lambda p: p / 2, lambda p: p / 2), project_parts(x, weight, None, WIDTHS), strict=True)
+    ]
+    total = sum(output.sum() for output in outputs)
+    del outputs
+    total.backward()
+    assert x.grad is not None
+    assert not beside._waiting
+
+
 def test_only_neighbours_are_joined():
     a, b, c = (gradient_of(part) for part in parts_of())
     with torch.no_grad():
@@ -179,6 +193,7 @@ def test_a_mixers_parts_find_each_other(kind, monkeypatch):
         return list(found), pieces
 
     found, pieces = gradients()
+    assert not beside._waiting
     assert pieces == ([1] if kind == "mamba1" else [1, 1])  # Mamba-2's convolution has parts as well
     monkeypatch.setattr(beside, "_columns", lambda part: None)
     expected, pieces = gradients()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -57,6 +59,26 @@ def test_what_is_written_by_address_stays_valid_and_is_known_to_have_changed():
     assert all(t._version > version for t, version in zip((weight, stale, plain), versions, strict=True))
     assert weight_copy.valid(weight) is copy
     assert weight_copy.valid(stale) is None  # it was none before
+
+
+def test_a_backward_pass_behind_an_update_by_address_is_refused():
+    weight, x = parameter(3, 5), torch.randn(2, 5).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = project(x, weight)
+    weight_copy.written([weight])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.float().sum().backward()
+
+
+def test_a_loaded_parameter_s_copy_is_not_taken_for_valid():
+    weight = parameter(3, 5)
+    weight_copy.refresh([weight])
+    loaded = pickle.loads(pickle.dumps(weight))
+    with torch.no_grad():
+        while loaded._version < weight._version:
+            loaded.add_(1)
+    assert weight_copy.valid(loaded) is None
+    assert torch.equal(weight_copy.cast(loaded, torch.bfloat16), loaded.bfloat16())
 
 
 def test_other_dtypes_and_weights_without_a_copy_are_cast():

@@ -161,7 +161,7 @@ def test_kept_bf16_weights_follow_steps_and_loads(worker, tmp_path, monkeypatch,
         return [*found, *(train(engine, worker, step) for step in (4, 5))], engine
 
     kept, engine = losses(tmp_path / "kept")
-    assert len(engine._copied) == len(torch_engine.cast_weights(engine.model)) > 4
+    assert len(engine._copied) == len(torch_engine.cast_weights(engine.model, PrecisionConfig())) > 4
     if place.device.type == "cuda" and optimizer == "adamw":  # where the optimizer's kernel writes them
         assert all(weight_copy.valid(weight) is not None for weight in engine._copied)
     tolerance = 1e-5 if place.device.type == "cuda" else 0  # attention adds in no fixed order there

@@ -16,6 +16,8 @@ from mamba_pretrain.config import load_config
 from mamba_pretrain.models.config import ModelConfig
 from mamba_pretrain.models.language_model import LanguageModel
 from mamba_pretrain.ops.cross_entropy import CHUNK_ELEMENTS
+from mamba_pretrain.parallel.config import PrecisionConfig
+from mamba_pretrain.parallel.torch_engine import cast_weights
 from mamba_pretrain.planning import advice, communication, memory, speed
 from mamba_pretrain.planning.activations import Options
 from mamba_pretrain.planning.plan import Machine, Plan, Planner, make_plan, strategy_on
@@ -107,6 +109,19 @@ def test_peak_of_a_tiny_batch_is_the_state_of_the_whole_model() -> None:
         found = memory.estimate(config, shape_of(config), memory.sharding("single", 1), 1, 128, options=Options(recompute=recompute))
         assert found.moment in ("optimizer step", "backward pass of block 0")
         assert found.peak == pytest.approx(bytes_each * shape_of(config).total, rel=0.02)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fp8", ["off", "rowwise"])
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_bf16_weights_are_those_that_the_engine_keeps(mixer: str, fp8: str, tied: bool) -> None:
+    config = ModelConfig(mixer=mixer, n_layer=2, d_model=512, vocab_size=4096, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    kept = 2 * sum(weight.numel() for weight in cast_weights(model, PrecisionConfig(fp8=fp8)))
+    for strategy, gpus, planned in (("single", 1, kept), ("ddp", 2, kept), ("fsdp2", 1, kept), ("fsdp2", 2, 0), ("zero3", 2, 0)):
+        found = memory.estimate(config, shape_of(config), memory.sharding(strategy, gpus), 1, 128, options=Options(fp8=fp8))
+        assert found.parts.get("bf16 weights", 0) == planned, strategy
 
 
 # Records of training on an H100 with the model's config, micro-batch, accumulation; where the measured peak stands, in GB.

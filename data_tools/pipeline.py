@@ -299,7 +299,9 @@ def _with_checksums(inputs: list[dict[str, Any]], tasks: list[Task], results: li
 
 
 def _remove_leftovers(work: Path, splits: dict[str, Split]) -> None:
-    """Shards and temporary files of killed processes and of tasks that are no longer."""
+    """Shards and temporary files of killed processes and of tasks that are no longer, and manifests that such were writing."""
+    for unfinished in work.glob(f".tmp-*-{FILE_NAME}"):
+        unfinished.unlink()
     wanted = {f"{shard.path}{suffix}" for split in splits.values() for shard in split.shards for suffix in (".bin", ".idx")}
     for name in SPLITS:
         if (work / name).is_dir():

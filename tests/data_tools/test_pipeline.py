@@ -130,11 +130,13 @@ def test_after_a_failure_only_unfinished_shards_are_made(tmp_path, texts, tokeni
         tokenize(plan(*files), options, tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()
     files[2].write_bytes(good)
+    (tmp_path / "out.partial" / ".tmp-1-manifest.json").write_text("{")  # as a process that is killed while it writes leaves it
     made = []
     run = worker._Task.run
     monkeypatch.setattr(worker._Task, "run", lambda task: made.append(task.number) or run(task))
     tokenize(plan(*files), options, tmp_path / "out", 1)
     assert made == [2, 3]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "tokenizer", "train"]
     tokenize(plan(*files), options, tmp_path / "fresh", 1)
     assert checksums(tmp_path / "out") == checksums(tmp_path / "fresh")
 

@@ -65,6 +65,12 @@ def _edges_of(begins_ptr, ends_ptr, start, CHUNK: tl.constexpr, length):
 
 
 @triton.jit
+def _place(heads, segments):
+    """The head, the segment and the row of the batch (64 bits) of a program that walks along the chunks."""
+    return tl.program_id(0) % heads, tl.program_id(0) // heads % segments, (tl.program_id(0) // heads // segments).to(tl.int64)
+
+
+@triton.jit
 def ssd_prepare(
     dt_ptr, A_ptr, bias_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr,
     dt_batch, dt_row, dt_head, length, padded, heads, dt_min, dt_max,
@@ -110,9 +116,7 @@ def ssd_forward(
     CHUNK: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of one head (or some of its channels) in one segment, chunk after chunk; and the state after the last segment."""
-    head = tl.program_id(0) % heads
-    segment = tl.program_id(0) // heads % segments
-    batch = (tl.program_id(0) // heads // segments).to(tl.int64)
+    head, segment, batch = _place(heads, segments)
     within = tl.arange(0, CHUNK)
     channels, states = tl.program_id(1) * P + tl.arange(0, P), tl.arange(0, N)
     has_channel, has_state = channels < headdim, states < state
@@ -170,6 +174,31 @@ def ssd_forward(
 
 
 @triton.jit
+def _edge_weights(
+    begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, vectors, start, length,
+    REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """By how much each step of a chunk counts in the state after it (REVERSE: in the gradient of the state before it), and how much of the state
+    at the chunk's other edge is kept."""
+    within = tl.arange(0, CHUNK)
+    at, end_at = vectors + start + within, vectors + start + CHUNK - 1
+    end = tl.load(sums_ptr + end_at)
+    kept = tl.exp2(end)
+    if REVERSE:
+        weight = tl.exp2(tl.load(sums_ptr + at))
+    else:
+        to_end = end - tl.load(sources_ptr + at)
+        if EXACT:
+            to_end += tl.load(low_sums_ptr + end_at) - tl.load(low_sources_ptr + at)
+        weight = tl.exp2(to_end)
+    if HAS_DOCUMENTS:
+        first_end, last_begin = _edges_of(begins_ptr, ends_ptr, start, CHUNK, length)
+        kept = tl.where(last_begin < 0, kept, 0.0)
+        weight = tl.where(within < first_end if REVERSE else within >= last_begin, weight, 0.0)
+    return weight, kept
+
+
+@triton.jit
 def ssd_states(
     u_ptr, V_ptr, begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr,
     edge_ptr, before_ptr, states_ptr, products_ptr, end_ptr, decay_ptr,
@@ -185,9 +214,7 @@ def ssd_states(
     STORE_END stores where a segment's state ends up, and without WRITE also by how much the segment lets a state decay. WIDTH is the channels of
     a head, for where MASKED is false.
     """
-    head = tl.program_id(0) % heads
-    segment = tl.program_id(0) // heads % segments
-    batch = (tl.program_id(0) // heads // segments).to(tl.int64)
+    head, segment, batch = _place(heads, segments)
     within = tl.arange(0, CHUNK)
     channels, states = tl.program_id(1) * P + tl.arange(0, P), tl.program_id(2) * N + tl.arange(0, N)
     has_channel, has_state = channels < headdim, states < state
@@ -211,26 +238,16 @@ def ssd_states(
             chunk = first + count - 1 - i
         start = chunk * CHUNK
         inside = within < length - start
-        at, end_at = vectors + start + within, vectors + start + CHUNK - 1
         if WRITE:
             of_chunk = ((batch * chunks + chunk) * heads + head) * headdim * state
             in_state = states[:, None] * (headdim if MASKED else WIDTH) + channels[None, :]
             if REVERSE:
                 before = _load(before_ptr + of_chunk, in_state, state_mask, MASKED)
             _store(states_ptr + of_chunk, in_state, S, state_mask, MASKED)
-        end = tl.load(sums_ptr + end_at)
-        kept = tl.exp2(end)
-        if REVERSE:
-            weight = tl.exp2(tl.load(sums_ptr + at))
-        else:
-            to_end = end - tl.load(sources_ptr + at)
-            if EXACT:
-                to_end += tl.load(low_sums_ptr + end_at) - tl.load(low_sources_ptr + at)
-            weight = tl.exp2(to_end)
-        if HAS_DOCUMENTS:
-            first_end, last_begin = _edges_of(begins_ptr, ends_ptr, start, CHUNK, length)
-            kept = tl.where(last_begin < 0, kept, 0.0)
-            weight = tl.where(within < first_end if REVERSE else within >= last_begin, weight, 0.0)
+        weight, kept = _edge_weights(
+            begins_ptr, ends_ptr, sums_ptr, sources_ptr, low_sums_ptr, low_sources_ptr, vectors, start, length,
+            REVERSE, HAS_DOCUMENTS, EXACT, CHUNK,
+        )  # fmt: skip
         u_mask, V_mask = inside[:, None] & has_channel[None, :], inside[:, None] & has_state[None, :]
         u = _load(u_ptr + start * u_row, within[:, None] * u_row + channels[None, :], u_mask, MASKED)
         V = _load(V_ptr + start * BC_row, within[:, None] * BC_row + states[None, :], V_mask, MASKED)

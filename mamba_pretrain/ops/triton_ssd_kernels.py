@@ -267,6 +267,28 @@ def ssd_states(
 
 
 @triton.jit
+def _exponents(
+    ends_ptr, sums_ptr, low_sums_ptr, sources, low, at, begin, length, last_begin,
+    AHEAD: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """(j, i): those of the decays from the steps j of a tile to the steps i of the tile that is AHEAD steps further on; -inf where nothing goes.
+
+    ``last_begin``: where, in the chunk, the document of its last step begins; if that is not inside, documents part nothing in the chunk.
+    """
+    within = tl.arange(0, TILE)
+    apart = tl.load(sums_ptr + at + AHEAD)[None, :] - sources[:, None]
+    if EXACT:
+        apart += tl.load(low_sums_ptr + at + AHEAD)[None, :] - low[:, None]
+    if AHEAD == 0:
+        apart = tl.where(within[:, None] <= within[None, :], apart, float("-inf"))
+    if HAS_DOCUMENTS:  # noqa: SIM102 (two conditions: one is the compiler's, the other the data's)
+        if last_begin > 0:
+            document_end = tl.load(ends_ptr + begin + within, mask=within < length - begin, other=0) - begin.to(tl.int32)
+            apart = tl.where(within[None, :] + AHEAD < document_end[:, None], apart, float("-inf"))
+    return apart
+
+
+@triton.jit
 def _sent(x, dy, scores, dscores, dx, apart, PRECISION: tl.constexpr):
     """Adds what steps j send to steps i of one tile: to dx and the scores' gradient. Returns them with dy x^T and what flows from j to i.
 
@@ -295,7 +317,7 @@ def _inside(
     begin = start + J * TILE
     inside, inside_next = within < length - begin, within < length - begin - TILE
     x_mask, next_mask = inside[:, None] & has_channel[None, :], inside_next[:, None] & has_channel[None, :]
-    causal, diagonal = within[:, None] <= within[None, :], within[:, None] == within[None, :]
+    diagonal = within[:, None] == within[None, :]
     in_BC = within[:, None] * BC_row + states[None, :]
     B = _load(B_ptr + begin * BC_row, in_BC, inside[:, None] & has_state[None, :], MASKED)
     C = _load(C_ptr + begin * BC_row, in_BC, inside[:, None] & has_state[None, :], MASKED)
@@ -306,6 +328,7 @@ def _inside(
         C_next = _load(C_ptr + (begin + TILE) * BC_row, in_BC, inside_next[:, None] & has_state[None, :], MASKED)
         scores_next = tl.dot(B, tl.trans(C_next), input_precision=PRECISION)
         dscores_next = tl.zeros((TILE, TILE), dtype=tl.float32)
+    last_begin = 0
     if HAS_DOCUMENTS:
         begins_ptr += batch * length
         ends_ptr += batch * length
@@ -320,9 +343,9 @@ def _inside(
         dS = _load(dstates_ptr + head * headdim * state, in_state, has_state[:, None] & has_channel[None, :], MASKED)
         dx = tl.dot(B, dS, input_precision=PRECISION)
         sources = tl.load(sources_ptr + at)
+        low = tl.load(low_sources_ptr + at) if EXACT else sources
         to_end = tl.load(sums_ptr + end_at) - sources
         if EXACT:
-            low = tl.load(low_sources_ptr + at)
             to_end += tl.load(low_sums_ptr + end_at) - low
         to_end = tl.exp2(to_end)
         if HAS_DOCUMENTS:
@@ -335,16 +358,9 @@ def _inside(
         dy = _load(dy_rows, within[:, None] * dy_row + channels[None, :], x_mask, MASKED)
         if HAS_D:
             dx += tl.load(D_ptr + head) * dy.to(tl.float32)
-        apart = tl.load(sums_ptr + at)[None, :] - sources[:, None]
-        if EXACT:
-            apart += tl.load(low_sums_ptr + at)[None, :] - low[:, None]
         if not KEEP:  # from a zero that no compiler lifts out of the loop
             scores = tl.dot(B, tl.trans(C), tl.zeros((TILE, TILE), tl.float32) + tl.minimum(i, 0), input_precision=PRECISION)
-        apart = tl.where(causal, apart, float("-inf"))
-        if HAS_DOCUMENTS:  # noqa: SIM102 (without it there is no last_begin)
-            if last_begin > 0:  # in most chunks no document begins
-                document_end = tl.load(ends_ptr + begin + within, mask=inside, other=0) - begin.to(tl.int32)
-                apart = tl.where(within[None, :] < document_end[:, None], apart, float("-inf"))
+        apart = _exponents(ends_ptr, sums_ptr, low_sums_ptr, sources, low, at, begin, length, last_begin, 0, HAS_DOCUMENTS, EXACT, TILE)
         dx, dscores, dmixing, flow = _sent(x, dy, scores, dscores, dx, apart, PRECISION)
         own = tl.sum(tl.where(diagonal, dmixing, 0.0), axis=1)
         flow = tl.where(diagonal, 0.0, flow)
@@ -353,15 +369,11 @@ def _inside(
         # Through those of the next.
         if CROSS:
             dy = _load(dy_rows + TILE * dy_row, within[:, None] * dy_row + channels[None, :], next_mask, MASKED)
-            apart = tl.load(sums_ptr + at + TILE)[None, :] - sources[:, None]
-            if EXACT:
-                apart += tl.load(low_sums_ptr + at + TILE)[None, :] - low[:, None]
             if not KEEP:
                 scores_next = tl.dot(B, tl.trans(C_next), tl.zeros((TILE, TILE), tl.float32) + tl.minimum(i, 0), input_precision=PRECISION)
-            if HAS_DOCUMENTS:  # noqa: SIM102
-                if last_begin > 0:
-                    document_end = tl.load(ends_ptr + begin + within, mask=inside, other=0) - begin.to(tl.int32)
-                    apart = tl.where(within[None, :] + TILE < document_end[:, None], apart, float("-inf"))
+            apart = _exponents(
+                ends_ptr, sums_ptr, low_sums_ptr, sources, low, at, begin, length, last_begin, TILE, HAS_DOCUMENTS, EXACT, TILE
+            )
             dx, dscores_next, dmixing, flow = _sent(x, dy, scores_next, dscores_next, dx, apart, PRECISION)
             given += tl.sum(flow, axis=1)
             tl.store(cross_ptr + at + TILE, tl.sum(flow, axis=0))

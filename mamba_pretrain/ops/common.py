@@ -76,6 +76,12 @@ def triton_unsupported(request: Request) -> str | None:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 2 where Triton's interpreter stands for one, so that programs share work there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -366,9 +366,12 @@ def gate_row(dz: Tensor | None) -> int | None:
 
 
 def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Tensor, dz: Tensor | None = None) -> Gradients:
-    """Gradients from those of y and of the final state; that of z is written into ``dz`` if given, of which ``gate_row`` must know the rows."""
+    """Gradients from those of y and of the final state; that of z is written into ``dz`` if given. Raises ValueError if ``gate_row`` does not
+    know its rows."""
     if dz is None and ops.z is not None:
         dz = torch.empty(ops.z.shape, dtype=ops.z.dtype, device=ops.device)
+    if (row := gate_row(dz)) is None:
+        raise ValueError("the rows of dz are not those of a tensor whose width is a multiple of dz's")
     grads = Gradients.empty(ops, dz)
     shape = ops.shape("scan_backward")
     segments = ops.cut(shape.segments)
@@ -401,7 +404,7 @@ def backward(ops: Operands, dout: Tensor, dfinal: Tensor | None, checkpoints: Te
         ops.channels,
         *segments,
     )
-    ops.kernel("scan_backward", dout, gate_row=gate_row(dz) or 1)((blocks, ops.batch, segments.count), params)
+    ops.kernel("scan_backward", dout, gate_row=row)((blocks, ops.batch, segments.count), params)
     bc_grid = math.ceil(ops.batch * ops.length * ops.states * 2 / 4 / 256)
     others = math.ceil(ops.channels * (ops.states + 2) / 256)
     sums = ReduceParams(

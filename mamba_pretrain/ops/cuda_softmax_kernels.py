@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mamba_pretrain.ops import nvrtc
+from mamba_pretrain.ops.common import multiprocessors
 from mamba_pretrain.ops.cuda_scan_kernels import RESERVED_SHARED, SCALAR_TYPES
 from mamba_pretrain.ops.kernel_arguments import fields, pointer, struct
 
@@ -45,13 +46,7 @@ def softmax_gradient(logits: Tensor, targets: Tensor, losses: Tensor, ignore_ind
     rows, columns = logits.shape
     kernel = _kernel(logits.dtype, columns, gradient, logits.get_device())
     pointers = map(pointer, (logits, targets.contiguous(), losses))
-    kernel((min(rows, _blocks(logits.get_device())), 1, 1), SoftmaxParams(*pointers, logits.stride(0), ignore_index, rows, valid))
-
-
-@functools.cache
-def _blocks(device: int) -> int:
-    """One a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    kernel((min(rows, multiprocessors(logits.device)), 1, 1), SoftmaxParams(*pointers, logits.stride(0), ignore_index, rows, valid))
 
 
 @functools.cache

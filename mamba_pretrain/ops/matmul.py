@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mamba_pretrain.ops.common import multiprocessors
 from mamba_pretrain.ops.kernel_arguments import on_device_of
 from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.triton_launch import launch
@@ -118,7 +119,6 @@ def _inner_parts(inner: int) -> tuple[int, int]:
 @functools.cache
 def _programs(tile: Tile, rows: int, columns: int, device: torch.device) -> int:
     """As many as a device holds, equally many for each block of columns, each with equally many tiles as far as possible."""
-    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     blocks, tiles = -(-columns // tile.columns), -(-rows // tile.rows)
-    walk = -(-tiles // max(1, tile.resident * cores // blocks))
+    walk = -(-tiles // max(1, tile.resident * multiprocessors(device) // blocks))
     return blocks * -(-tiles // walk)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mamba_pretrain.ops import beside, registry
-from mamba_pretrain.ops.common import triton_unsupported
+from mamba_pretrain.ops.common import multiprocessors, triton_unsupported
 from mamba_pretrain.ops.kernel_arguments import on_device_of
 from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.registry import Request
@@ -102,8 +102,7 @@ def _walk(
     """
     block, warps = _block(size), _warps(size, tuning.channels)
     ahead = SHARED_BYTES // (element_bytes * block * tuning.rows)
-    cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    programs = max(1, min(-(-rows // tuning.rows), -(-max(1, tuning.resident // warps) * cores // groups)))
+    programs = max(1, min(-(-rows // tuning.rows), -(-max(1, tuning.resident // warps) * multiprocessors(device) // groups)))
     options = {"num_warps": warps}
     if tuning.registers is not None:
         options["maxnreg"] = min(tuning.registers, REGISTERS // (32 * warps))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mamba_pretrain.ops import beside, registry
-from mamba_pretrain.ops.common import document_bounds, triton_unsupported
+from mamba_pretrain.ops.common import document_bounds, multiprocessors, triton_unsupported
 from mamba_pretrain.ops.kernel_arguments import on_device_of
 from mamba_pretrain.ops.operator import operator
 from mamba_pretrain.ops.scan_autograd import new_dxBC, register_gradients
@@ -85,12 +85,6 @@ def tuning(x: Tensor, B: Tensor) -> Tuning:
 @functools.cache
 def _hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.cache
-def cores(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def fills_tile(width: int) -> bool:
@@ -196,7 +190,7 @@ class _Call:
 
     def segments(self) -> tuple[int, int]:
         """How many parts of the length run in parallel (more than one only where batch and heads don't fill the device), and chunks in each."""
-        wanted = min(2 * cores(self.x.device) // (self.batch * self.heads), self.length // SHORTEST_SEGMENT)
+        wanted = min(2 * multiprocessors(self.x.device) // (self.batch * self.heads), self.length // SHORTEST_SEGMENT)
         each = -(-self.chunks // max(1, wanted))
         return -(-self.chunks // each), each
 

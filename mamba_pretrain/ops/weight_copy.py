@@ -35,26 +35,25 @@ def keep(parameter: nn.Parameter) -> None:
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``weight`` in ``dtype``: its copy if it keeps one, which is brought up to date if need be."""
-    copy: _Copy | None = getattr(weight, _NAME, None) if dtype == torch.bfloat16 else None
-    if copy is None:
-        return weight.to(dtype)
-    if copy.version != weight._version:
-        _update(weight, copy)
-    return copy.values
+    copy = _updated(weight) if dtype == torch.bfloat16 else None
+    return weight.to(dtype) if copy is None else copy
 
 
 def refresh(parameters: Iterable[nn.Parameter]) -> None:
     """Brings the copies of those that keep one up to date."""
     for parameter in parameters:
-        copy: _Copy | None = getattr(parameter, _NAME, None)
-        if copy is not None and copy.version != parameter._version:
-            _update(parameter, copy)
+        _updated(parameter)
 
 
 @torch.no_grad()
-def _update(weight: Tensor, copy: _Copy) -> None:
-    copy.values.copy_(weight)
-    copy.version = weight._version
+def _updated(weight: Tensor) -> Tensor | None:
+    copy: _Copy | None = getattr(weight, _NAME, None)
+    if copy is None:
+        return None
+    if copy.version != weight._version:
+        copy.values.copy_(weight)
+        copy.version = weight._version
+    return copy.values
 
 
 def valid(parameter: Tensor) -> Tensor | None:

@@ -48,10 +48,8 @@ _tables: WeakKeyDictionary[torch.optim.Optimizer, dict[int, Table]] = WeakKeyDic
 
 
 def unsupported(lists: Lists) -> str | None:
-    """Why the kernel cannot update these tensors."""
+    """Why the kernel cannot update these tensors, the first of which is on a GPU."""
     device = lists[0][0].device
-    if device.type != "cuda":
-        return f"it needs a CUDA device, not {device.type}"
     for tensors in lists:
         for t in tensors:
             if t.dtype != torch.float32 or t.device != device or not t.is_contiguous():
@@ -72,7 +70,8 @@ def table_of(optimizer: torch.optim.Optimizer, number: int, lists: Lists) -> Tab
     known = of_group.get(number)
     if known is not None and (known.addresses, known.sizes) == (addresses, sizes):
         return known
-    if unsupported(lists) is not None:
+    if (why := unsupported(lists)) is not None:
+        _say_once(why)
         return None
     device = lists[0][0].device
     rows = torch.tensor(list(zip(*addresses, sizes, strict=True)), dtype=torch.int64)
@@ -97,6 +96,11 @@ def step(table: Table, lists: Lists, divisor: Tensor, options: dict[str, Any]) -
     parameters, _, *moments, _ = lists
     weight_copy.written(parameters)
     torch.autograd.graph.increment_version([t for moment in moments for t in moment])
+
+
+@functools.cache
+def _say_once(why: str) -> None:
+    log.warning("optimizer: AdamW by torch's kernels, which take longer: for our own %s", why)
 
 
 @functools.cache

@@ -41,7 +41,7 @@ def small_tiles(monkeypatch):
 def short_segments(monkeypatch):
     """Lets even short sequences be cut."""
     monkeypatch.setattr(triton_ssd, "SHORTEST_SEGMENT", 16)
-    monkeypatch.setattr(triton_ssd, "cores", lambda device: 1000)
+    monkeypatch.setattr(triton_ssd, "multiprocessors", lambda device: 1000)
 
 
 def operands(

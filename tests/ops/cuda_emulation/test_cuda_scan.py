@@ -301,6 +301,14 @@ def test_rows_that_are_no_multiple_are_told():
     assert kernels.gate_row(torch.empty(2, 50, 80)[:, :37, :40]) is None
 
 
+def test_rows_that_the_kernel_does_not_know_are_refused(emulated):
+    emulated()
+    ops = drawn_operands()
+    checkpoints = kernels.forward(ops, None, save=True)[2]
+    with pytest.raises(ValueError, match="whose width is a multiple of dz's"):
+        kernels.backward(ops, torch.randn(2, 37, 40).bfloat16(), None, checkpoints, torch.empty(2, 37, 90).bfloat16()[..., :40])
+
+
 def drawn_operands() -> kernels.Operands:
     def low(*shape):
         return torch.randn(shape).bfloat16()

@@ -14,7 +14,7 @@ IGNORED = -100
 @pytest.fixture
 def run(emulated_kernels, monkeypatch):
     """Losses and what is left in the logits, by blocks of ``warps``."""
-    monkeypatch.setattr(kernels, "_blocks", lambda device: 3)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 3)
 
     def softmax_gradient(logits, targets, valid, gradient=True, warps=2, ignore_index=IGNORED):
         monkeypatch.setattr(kernels, "WARPS", warps)

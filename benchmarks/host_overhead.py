@@ -54,7 +54,8 @@ SERVING = {
 }
 TRITON = {
     "triton_norm_kernels": ("rms_forward", "rms_backward", "gated_forward", "gated_backward", "sum_parts"),
-    "triton_ssd_kernels": ("ssd_prepare", "ssd_forward", "ssd_states", "ssd_inside", "ssd_edges", "ssd_gather", "ssd_finish"),
+    "triton_ssd_kernels": ("ssd_prepare", "ssd_forward", "ssd_states"),
+    "triton_ssd_backward_kernels": ("ssd_inside", "ssd_edges", "ssd_gather", "ssd_finish"),
     "triton_cross_entropy_kernels": ("softmax_gradient",),
 }
 

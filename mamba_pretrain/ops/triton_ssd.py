@@ -2,7 +2,7 @@
 
 Strided where a model's tensors are (``x``, ``B`` and ``C`` may be parts of one convolution's output), deterministic, with document boundaries and
 states in and out. Nothing but the inputs is kept for the backward pass, which writes the gradients of x, B and C into one tensor
-(``scan_autograd`` says why). Kernels: ``triton_ssd_kernels``.
+(``scan_autograd`` says why). Kernels: ``triton_ssd_kernels``, ``triton_ssd_backward_kernels``.
 """
 
 from __future__ import annotations
@@ -326,7 +326,7 @@ def _states(call: _Call, dy: Tensor, initial_state: Tensor, dfinal: Tensor | Non
 def _gradients(
     call: _Call, dy: Tensor, states: Tensor, dstates: Tensor, products: Tensor, dinitial: Tensor, ddt: Tensor
 ) -> tuple[Tensor, ...]:
-    from mamba_pretrain.ops import triton_ssd_kernels as kernels
+    from mamba_pretrain.ops import triton_ssd_backward_kernels as kernels
 
     t, x, B, C, new = call.tuning, call.x, call.B, call.C, call.x.new_empty
     dxBC = new_dxBC(x, B)
